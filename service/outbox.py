@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 
 from ostinato.errors import SlowReader
 from ostinato.v1 import engine_pb2
@@ -18,7 +19,8 @@ class Outbox:
     3. Bounded in bytes: a sidecar that does not read loses its stream. The engine never waits for it.
     """
 
-    def __init__(self, bytes_max: int, frame_bytes_max: int) -> None:
+    def __init__(self, bytes_max: int, frame_bytes_max: int, alone: Callable[[], bool] = lambda: False) -> None:
+        """`alone`: whether nothing else is under way."""
         self._bytes_max, self._frame_bytes_max = bytes_max, frame_bytes_max
         self._waiting: deque[engine_pb2.RunEvent | engine_pb2.PrepareResponse] = deque()
         self._bytes = 0
@@ -26,18 +28,14 @@ class Outbox:
         """Tokens that wait, by run, and their texts. Texts are joined once, on leaving: a message keeps the memory of every
         text that was ever assigned to it."""
         self._welcome: engine_pb2.Welcome | None = None
-        self._wake = asyncio.Event()
-        self._coalescer = Coalescer()
+        self._coalescer = Coalescer(alone)
         self._closed = False
-        self._error: Exception | None = None
-
-    @property
-    def failed(self) -> bool:
-        return self._error is not None
+        self.error: Exception | None = None
+        """Why it has failed; None: it has not."""
 
     def put(self, message: engine_pb2.RunEvent | engine_pb2.PrepareResponse) -> None:
         """Adds a message, which the outbox then owns. Without effect once failed."""
-        if self._error is not None:
+        if self.error is not None:
             return
         self._bytes += message.ByteSize()
         if self._bytes > self._bytes_max:
@@ -47,36 +45,33 @@ class Outbox:
             self._put_tokens(message)
         else:
             self._waiting.append(message)
-        self._wake.set()
+        self._coalescer.add()
 
     def welcome(self, welcome: engine_pb2.Welcome) -> None:
         """To be part of the next message. Replaces one that waits."""
         self._welcome = welcome
-        self._wake.set()
+        self._coalescer.add()
 
     def close(self) -> None:
         """Nothing more comes: `next` returns None once everything is taken."""
         self._closed = True
-        self._wake.set()
+        self._coalescer.add()
 
     def fail(self, error: Exception) -> None:
         """Ends at once: `next` raises this, whatever waits. The first error counts."""
-        self._error = self._error or error
-        self._wake.set()
+        self.error = self.error or error
+        self._coalescer.add()
 
-    async def next(self) -> engine_pb2.ExecuteResponse | None:
-        """What waits, as far as it fits one message, as soon as there is anything. None: closed, and everything is taken."""
-        while self._error is None:
-            if self._waiting or self._welcome is not None:
-                await self._coalescer.wait(lambda: self._bytes)
-                if self._error is None:
-                    return self._frame()
-            elif self._closed:
-                return None
-            else:
-                self._wake.clear()
-                await self._wake.wait()
-        raise self._error
+    def ready(self) -> asyncio.Future[None]:
+        """Done when `next` should be called."""
+        urgent = self._welcome is not None or self._closed or self.error is not None
+        return self._coalescer.ready(len(self._waiting) + urgent)
+
+    def next(self) -> engine_pb2.ExecuteResponse | None:
+        """What waits, as far as it fits one message. None: closed, and everything is taken. Raises what it failed with."""
+        if self.error is not None:
+            raise self.error
+        return None if self._closed and not self._waiting and self._welcome is None else self._frame()
 
     def _put_tokens(self, event: engine_pb2.RunEvent) -> None:
         found = self._tokens.get(event.run_id)

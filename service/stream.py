@@ -79,7 +79,10 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
         with streams.admitted(first) as stream:
             receiving = asyncio.create_task(stream.receive(first, request_iterator))
             try:
-                while (frame := await stream.outbox.next()) is not None:
+                while True:
+                    await stream.outbox.ready()
+                    if (frame := stream.outbox.next()) is None:
+                        break
                     streams.metrics.frame_events.observe(len(frame.events))
                     yield frame
             finally:
@@ -203,8 +206,8 @@ class Stream:
 
     def __init__(self, streams: Streams, hello: engine_pb2.Hello) -> None:
         self.hello = hello
-        self.outbox = Outbox(streams.settings.buffer_bytes_max, streams.settings.frame_bytes_max)
-        self._streams, self._runs = streams, streams.runs
+        self._streams, self._runs, settings = streams, streams.runs, streams.settings
+        self.outbox = Outbox(settings.buffer_bytes_max, settings.frame_bytes_max, alone=lambda: len(self._runs.active) <= 1)
         self._submissions = Submissions(hello.last_sequence)
         self._half_closed = self._stopped = False
         self._idle: asyncio.TimerHandle | None = None
@@ -262,7 +265,7 @@ class Stream:
         if submit.purpose == engine_pb2.PURPOSE_PRIMARY:
             self._streams.ran(self.hello.log_id, submit.sequence)
         error: OstinatoError | None = self._streams.preparer.check_submit(submit)
-        if len(self._runs) >= (most := self._streams.settings.runs_max):
+        if len(self._runs.active) >= (most := self._streams.settings.runs_max):
             error = QueueFull(f"more than {most} runs at once")
         if error is None:
             self._runs.submit(submit)
@@ -272,7 +275,7 @@ class Stream:
     def _deliver(self, events: Sequence[engine_pb2.RunEvent]) -> None:
         for event in events:
             self.outbox.put(event)
-        if self.outbox.failed:
+        if self.outbox.error is not None:
             self.stop()
         self.settle()
 
@@ -281,7 +284,7 @@ class Stream:
         if self._idle is not None:
             self._idle.cancel()
             self._idle = None
-        if self._stopped or len(self._runs):
+        if self._stopped or self._runs.active:
             return
         if self._half_closed:
             self.outbox.close()
@@ -321,7 +324,7 @@ class Runs:
     def __init__(self, engine: Engine, held: HeldGrade, metrics: Metrics) -> None:
         self.engine, self.held = engine, held
         self._metrics, self._form = metrics, form_of(engine.vocabulary.template)
-        self._active: dict[int, ActiveRun] = {}
+        self.active: dict[int, ActiveRun] = {}
         """By the engine's run id."""
         self._ids = itertools.count(1)
         self._deliver: Deliver | None = None
@@ -338,19 +341,16 @@ class Runs:
 
     def detach(self) -> None:
         """Stops all runs, silently, and releases the user."""
-        for run_id in tuple(self._active):
+        for run_id in tuple(self.active):
             self._cancel(run_id)
-        assert not self._active, "every run was stopped"
+        assert not self.active, "every run was stopped"
         self._deliver = None
-
-    def __len__(self) -> int:
-        return len(self._active)
 
     def submit(self, submit: engine_pb2.Submit) -> None:
         """Starts a run. The user checks its run id."""
         run_id = next(self._ids)
-        assert run_id not in self._active and self._deliver is not None, "run ids are unique, and a run has a user"
-        run = self._active[run_id] = ActiveRun(submit, RunStatistics(self._metrics, submit, self.engine, self._loop.time()))
+        assert run_id not in self.active and self._deliver is not None, "run ids are unique, and a run has a user"
+        run = self.active[run_id] = ActiveRun(submit, RunStatistics(self._metrics, submit, self.engine, self._loop.time()))
         if submit.timeout_millis:
             run.deadline = self._loop.call_later(submit.timeout_millis / 1000, self._expire, run_id)
         self.engine.submit(
@@ -370,7 +370,7 @@ class Runs:
     def cancel(self, run_ids: Collection[int]) -> None:
         """Stops these of the user's runs, silently. Unknown ones and those that have ended are ignored."""
         chosen = set(run_ids)
-        for run_id, run in tuple(self._active.items()):
+        for run_id, run in tuple(self.active.items()):
             if run.submit.run_id in chosen:
                 self._cancel(run_id)
 
@@ -378,7 +378,7 @@ class Runs:
         """The engine's report of one step."""
         now, delivered = self._loop.time(), list[engine_pb2.RunEvent]()
         for event in events:
-            run = self._active.get(event.run_id)
+            run = self.active.get(event.run_id)
             if run is None:
                 continue  # it was ended while the report was under way
             match event.WhichOneof("event"):
@@ -408,14 +408,14 @@ class Runs:
         self._end(run_id).failed("cancelled", Cancelled("no longer wanted"))
 
     def _expire(self, run_id: int) -> None:
-        run = self._active[run_id]
+        run = self.active[run_id]
         self.engine.cancel(run_id)
         error = DeadlineExceeded(f"the run did not end within {run.submit.timeout_millis} ms")
         self._end(run_id).failed("expired", error)
         self._send([engine_pb2.RunEvent(run_id=run.submit.run_id, failed=to_status(error))])
 
     def _end(self, run_id: int) -> RunStatistics:
-        run = self._active.pop(run_id)
+        run = self.active.pop(run_id)
         if run.deadline is not None:
             run.deadline.cancel()
         return run.statistics

@@ -95,7 +95,7 @@ class Sidecar:
         self.high_water = HighWater(MarkFile(settings.mark), self.journal) if settings.mark is not None else None
         if settings.mark is not None and not is_shared(settings.journal) and shares_disk(settings.mark, Path(settings.journal)):
             self.observer.mark_shares_disk(settings.mark)
-        self.link = EngineLink(settings.engine, settings.reconnect_seconds, hop, tls)
+        self.link = EngineLink(settings.engine, settings.reconnect_seconds, hop, tls, self.held.alone)
         self.pipeline = Pipeline(settings, self.journal, self.link, self.observer, self.held, time.monotonic, os.urandom)
         self.auditor = Auditor(self.pipeline, settings)
         self.canaries = CanaryRunner(self.pipeline, watched, settings.canary_seconds)

@@ -294,7 +294,8 @@ class CanaryRunner:
             return known
         try:
             request = engine_pb2.PrepareRequest(items=[canary.item])
-            response = await self._pipeline.link.prepare(request, self._seconds, short=is_short(request))
+            link = self._pipeline.link
+            response = await (link.prepare if is_short(request) else link.prepare_long)(request, self._seconds)
         except errors.OstinatoError as error:
             self._pipeline.observer.not_compared(CANARY, error.reason)
             if isinstance(error, errors.InvalidRequest):

@@ -62,6 +62,7 @@ class Account:
 
     def __enter__(self) -> Self:
         self._tenant.accounts.add(self)
+        self._held.calls += 1
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -69,6 +70,7 @@ class Account:
         self.add(-self.waiting)
         self._closed = True
         self._tenant.accounts.discard(self)
+        self._held.calls -= 1
         self._held.tidy(self._tenant)
 
     def add(self, count: int) -> None:
@@ -109,13 +111,17 @@ class Held:
     def __init__(self, bounds: Bounds, on_lost: Callable[[str], None]) -> None:
         self._bounds = bounds
         self.on_lost = on_lost
-        self.bytes = 0
+        self.calls = self.bytes = 0
         self._writing = 0
         self._tenants: dict[str, _Tenant] = {}
 
     def account(self, *, stream: bool) -> Account:
         """For a call of the present caller. A unary call has no bound of its own: it waits for its items, not its reader."""
         return Account(self, self._tenant(), self._bounds.call if stream else sys.maxsize)
+
+    def alone(self) -> bool:
+        """Whether at most one call is open."""
+        return self.calls <= 1
 
     @property
     def tenants(self) -> int:

@@ -30,6 +30,7 @@ CLOSE_SECONDS = 1.0
 """For the service to end a half-closed stream."""
 SUBMIT_BYTES = 1 << 20
 """One message carries about this much of waiting submits, and as much of requests to prepare."""
+PREPARE = "ostinato.v1.Engine/Prepare"
 CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
@@ -70,9 +71,15 @@ class EngineLink:
     """
 
     def __init__(
-        self, target: str, pause_seconds: float, hop: SidecarEnd | None = None, tls: grpc.ChannelCredentials | None = None
+        self,
+        target: str,
+        pause_seconds: float,
+        hop: SidecarEnd | None = None,
+        tls: grpc.ChannelCredentials | None = None,
+        alone: Callable[[], bool] = lambda: False,
     ) -> None:
-        """`hop`: None: the service need not prove itself, because it is in this process, or `tls` does that."""
+        """`hop`: None: the service need not prove itself, because it is in this process, or `tls` does that. `alone`: whether
+        what is sent next is all that is under way."""
         if tls is None:
             self._channel = grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
         else:
@@ -85,7 +92,7 @@ class EngineLink:
         self._submits: deque[engine_pb2.Submit] = deque()
         self._cancels: list[int] = []
         self._preparing = Preparing()
-        self._something = asyncio.Event()
+        self._coalescer = Coalescer(alone)
         self._closing = False
         self._stream: Stream | None = None
         self._ended = asyncio.Event()
@@ -94,11 +101,11 @@ class EngineLink:
     def submit(self, submit: engine_pb2.Submit) -> None:
         """Sent behind every earlier submit. Lost with the stream; `engine_down` follows."""
         self._submits.append(submit)
-        self._something.set()
+        self._coalescer.add()
 
     def cancel(self, run_id: int) -> None:
         self._cancels.append(run_id)
-        self._something.set()
+        self._coalescer.add()
 
     def drop(self, why: str) -> None:
         """End the stream, because the service violated the protocol."""
@@ -194,16 +201,14 @@ class EngineLink:
         raise _fault(writer) or error
 
     async def _write(self, stream: Stream) -> None:
-        coalescer = Coalescer()
         while True:
-            await self._something.wait()
-            self._something.clear()
-            while self._submits or self._cancels or self._preparing.unsent:
-                await coalescer.wait(lambda: len(self._submits) + len(self._cancels) + len(self._preparing.unsent))
-                await stream.write(self._message())
-            if self._closing:
+            waiting = len(self._submits) + len(self._cancels) + len(self._preparing.unsent)
+            if self._closing and not waiting:
                 await stream.done_writing()
                 return
+            await self._coalescer.ready(waiting)
+            if (message := self._message()).ByteSize():  # else what waited was given up
+                await stream.write(message)
 
     def _message(self) -> engine_pb2.ExecuteRequest:
         message = engine_pb2.ExecuteRequest(prepares=self._preparing.take(SUBMIT_BYTES))
@@ -220,7 +225,7 @@ class EngineLink:
     async def close(self) -> None:
         """Half-close, give the service time to end the stream, and close the channel."""
         self._closing = True
-        self._something.set()
+        self._coalescer.add()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._ended.wait(), CLOSE_SECONDS)
         await self._channel.close()
@@ -231,23 +236,25 @@ class EngineLink:
             raise unreachable()
         return self._metadata
 
-    async def prepare(
-        self, request: engine_pb2.PrepareRequest, timeout: float | None, *, short: bool
-    ) -> engine_pb2.PrepareResponse:
-        """A `short` request (see `is_short`) goes over the stream. Raises what refused it, EngineUnavailable if the service is
-        unreachable, ProtocolViolation for a useless answer."""
-        with tracing.call("ostinato.v1.Engine/Prepare") as span:
-            if short:
-                request.traceparent = span.traceparent
-                self._something.set()
-                prepared: engine_pb2.PrepareResponse | None = await self._preparing.ask(request, timeout)
-            else:
-                metadata = (*self._proved(), *(span.metadata or ()))
-                prepared = await _called(self._stub.Prepare(request, timeout=timeout, metadata=metadata))
+    def prepare(self, request: engine_pb2.PrepareRequest, timeout: float | None) -> asyncio.Future[engine_pb2.PrepareResponse]:
+        """Sends a short request (see `is_short`) over the stream. See `Preparing.ask`."""
+        answer = self._preparing.ask(request, timeout)
+        self._coalescer.add()
+        if tracing.on():
+            span = tracing.call(PREPARE)
+            request.traceparent = span.traceparent
+            answer.add_done_callback(lambda done: span.end(asyncio.CancelledError() if done.cancelled() else done.exception()))
+        return answer
+
+    async def prepare_long(self, request: engine_pb2.PrepareRequest, timeout: float | None) -> engine_pb2.PrepareResponse:
+        """Raises what refused it, EngineUnavailable if the service is unreachable, ProtocolViolation for a useless answer."""
+        with tracing.call(PREPARE) as span:
+            metadata = (*self._proved(), *(span.metadata or ()))
+            prepared = await _called(self._stub.Prepare(request, timeout=timeout, metadata=metadata))
         return check_prepared(prepared, len(request.items))
 
     async def tokenize(self, request: generation_pb2.TokenizeRequest, timeout: float | None) -> generation_pb2.TokenizeResponse:
-        """Raises as `prepare`."""
+        """Raises as `prepare_long`."""
         with tracing.call("ostinato.v1.Engine/Tokenize") as span:
             metadata = (*self._proved(), *(span.metadata or ()))
             tokenized = await _called(self._stub.Tokenize(request, timeout=timeout, metadata=metadata))
@@ -256,7 +263,7 @@ class EngineLink:
         return tokenized
 
     async def tokenizer(self, timeout: float | None) -> bytes:
-        """The zip of the tokenizer's files. Raises as `prepare`."""
+        """The zip of the tokenizer's files. Raises as `prepare_long`."""
         metadata = self._proved()
         try:
             parts = self._stub.GetTokenizer(engine_pb2.GetTokenizerRequest(), timeout=timeout, metadata=metadata)

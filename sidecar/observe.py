@@ -19,7 +19,6 @@ from ostinato.tracing import OFF, Span
 from ostinato.v1 import engine_pb2, generation_pb2, sequencer_pb2, types_pb2
 
 from sidecar.collisions import choice_of
-from sidecar.core import events as ev
 from sidecar.core.sequencer import Sequencer
 from sidecar.item import ActiveItem
 from sidecar.journal.model import Head, Sealed, Unfinished
@@ -177,11 +176,10 @@ class Observer:
         elif count and item.last_tokens_at is not None:
             self.metrics.between_tokens.observe((now - item.last_tokens_at) / count)
 
-    def recording(self, items: Iterable[ActiveItem], ends: Iterable[ev.End]) -> list[Span]:
-        """Their runs have ended, and their outcomes are to become durable: the spans of that."""
-        for item, end in zip(items, ends, strict=True):
-            item.stage.end(end.error)
-        return [item.span.child("journal") for item in items]
+    def recording(self, item: ActiveItem, error: errors.OstinatoError | None) -> None:
+        """Its run has ended, and its outcome is to become durable."""
+        item.stage.end(error)
+        item.stage = item.span.child("journal")
 
     def recorded(self, item: ActiveItem, sealed: Sealed, result: types_pb2.Result) -> None:
         """The outcome is durable."""
@@ -191,7 +189,8 @@ class Observer:
         if log.isEnabledFor(logging.DEBUG):
             fields = {"sequence": item.sequence, "request_id": item.input.request_id, **item.span.ids}
             log.debug("ended", extra={**fields, "outcome": _word(sealed.header.kind)})
-        if item.span:
+        if item.span is not OFF:
+            item.stage.end()
             header = sealed.header
             item.span.note(
                 {

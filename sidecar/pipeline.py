@@ -11,6 +11,7 @@ import json
 import logging
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from ostinato import errors, tracing
@@ -145,15 +146,17 @@ class Pipeline:
     def _perform(self, effect: ev.Effect) -> None:
         match effect:
             case ev.AppendAdmission(batch_id):
-                self.spawn(self._number(self._pending[batch_id]))
+                self._number(self._pending[batch_id])
             case ev.Refuse(batch_id, error):
-                self._pending.pop(batch_id).refuse(error)
+                self._pending.pop(batch_id).settle(error)
             case ev.Submit():
                 self._submit(effect)
             case ev.End():
                 self._record(effect)
             case ev.SubmitRerun(run_id, rerun_id, expires_at):
-                self._submit_rerun(run_id, rerun_id, expires_at)
+                assert self.engine is not None
+                digest = self.engine.model.fingerprint.digest
+                self.link.submit(self.rerunner.submission(run_id, rerun_id, expires_at - self.clock(), digest))
             case ev.CancelRun(run_id):
                 self.link.cancel(run_id)
             case ev.LeaveToRecovery(sequence):
@@ -197,10 +200,10 @@ class Pipeline:
         """Rendered, tokenised and resolved by the service."""
         prepare = engine_pb2.PrepareRequest(items=request.items, parameters=request.parameters)
         if is_short(prepare):
-            prepared = await self.link.prepare(prepare, timeout, short=True)
+            prepared = await self.link.prepare(prepare, timeout)
         else:
             async with self.preparing.place(caller().tenant, prepare_cost(prepare)):
-                prepared = await self.link.prepare(prepare, timeout, short=False)
+                prepared = await self.link.prepare_long(prepare, timeout)
         check_size(prepared, bytes_max, verify=request.verify, signed=self._settings.signing_key is not None)
         if (charge := CHARGE.get()) is not None:
             charge.prepared(prepared.ByteSize())
@@ -223,8 +226,8 @@ class Pipeline:
         self._pending[batch.batch_id] = batch
         if batch.charge is not None:
             batch.charge.hold(len(admission.items))
-        needs = tuple(map(need_of, admission.items))
-        self.dispatch(ev.Admit(batch.batch_id, needs, bool(admission.key), deadline, admission.tenant))
+        needs, keyed = tuple(map(need_of, admission.items)), bool(admission.key)
+        self.dispatch(ev.Admit(batch.batch_id, needs, keyed, None if keyed else deadline, admission.tenant))
         return batch
 
     async def _join(self, request: generation_pb2.GenerateRequest, binding: Binding, waiter: Waiter) -> types_pb2.Stamp:
@@ -256,22 +259,32 @@ class Pipeline:
 
     # ---- number
 
-    async def _number(self, batch: PendingAdmission) -> None:
+    def _number(self, batch: PendingAdmission) -> None:
         """Append the batch, which gives its items consecutive sequences."""
+        if tracing.on():
+            batch.journal_span = batch.span.child("journal")
         try:
             self.quota.check(batch.admission.tenant)  # again: much may have been appended while it waited
-            with batch.span.child("journal"):
-                appended = await self.journal.append(batch.admission)
-        except errors.Refused as error:
-            self.dispatch(ev.NotNumbered(batch.batch_id))
-            self._pending.pop(batch.batch_id).refuse(error)
-            return
+            appending = self.journal.append(batch.admission)
+        except errors.JournalFull as error:
+            appending = asyncio.get_running_loop().create_future()
+            appending.set_exception(error)
+        appending.add_done_callback(partial(self._guarded, self._numbered, batch))
+
+    def _numbered(self, batch: PendingAdmission, appending: asyncio.Future[Appended]) -> None:
+        """The batch is durable, its key was bound already, or the journal refused it."""
+        batch.journal_span.end(appending.exception())
         del self._pending[batch.batch_id]
-        self.quota.add(batch.admission.tenant, appended.entries)
-        if appended.binding is not None:
+        try:
+            appended = appending.result()
+            why_not: Binding | errors.Refused | None = appended.binding
+        except errors.Refused as error:
+            why_not = error
+        if why_not is not None:
             self.dispatch(ev.NotNumbered(batch.batch_id))
-            batch.settle(appended.binding)
+            batch.settle(why_not)
             return
+        self.quota.add(batch.admission.tenant, appended.entries)
         now, stamp = self.clock(), stamp_of(appended.entries[0].header)
         batch.waiter.sequences = range(stamp.first_sequence, stamp.first_sequence + stamp.count)
         for entry, digest in zip(appended.entries, appended.inputs, strict=True):
@@ -316,11 +329,6 @@ class Pipeline:
                 ahead=submit.ahead,
             )
         )
-
-    def _submit_rerun(self, run_id: int, rerun_id: int, expires_at: float) -> None:
-        assert self.engine is not None
-        digest = self.engine.model.fingerprint.digest
-        self.link.submit(self.rerunner.submission(run_id, rerun_id, expires_at - self.clock(), digest))
 
     def engine_up(self, description: engine_pb2.DescribeResponse) -> None:
         again, self.engine = self.engine is not None, description
@@ -400,26 +408,30 @@ class Pipeline:
         """What ends in one turn of the loop is recorded in one commit."""
         self._ends.append(end)
         if len(self._ends) == 1:
-            self.spawn(self._append_outcomes())
+            asyncio.get_running_loop().call_soon(self._guarded, self._append_outcomes)
 
-    async def _append_outcomes(self) -> None:
+    def _append_outcomes(self) -> None:
         ends, self._ends = self._ends, []
         items, now, outcomes = [self.items[end.sequence] for end in ends], self.clock(), []
         for item, end in zip(items, ends, strict=True):
             group = self._settings.group_of(item.input.tenant)
             outcomes.append(item.outcome(end.error, end.attempt, now, self._collisions, group))
-        spans = self.observer.recording(items, ends) if tracing.on() else []
-        appended = await self.journal.append_outcomes(outcomes)
-        for span in spans:
-            span.end()
+            if tracing.on():
+                self.observer.recording(item, end.error)
+        answers = [self.journal.append(outcome) for outcome in outcomes]
+        answers[-1].add_done_callback(partial(self._guarded, self._recorded, items, answers))  # the journal answers in order
+
+    def _recorded(self, items: Sequence[ActiveItem], answers: Sequence[asyncio.Future[Appended]], _: object) -> None:
+        """The outcomes are durable."""
         answered = []
-        for item, each in zip(items, appended, strict=True):
-            self.quota.add(item.input.tenant, each.entries)
-            if each.entries and item.verification is None and item.recovery is None:
-                self._answer(item, self._recorded(item, each.entries[0]))
+        for item, answer in zip(items, answers, strict=True):
+            appended = answer.result()
+            self.quota.add(item.input.tenant, appended.entries)
+            if appended.entries and item.verification is None and item.recovery is None:
+                self._answer(item, self._result(item, appended.entries[0]))
                 answered.append(item.sequence)
             else:
-                self.spawn(self._answer_later(item, each))
+                self.spawn(self._answer_later(item, appended))
         if answered:
             self.dispatch(ev.Ended(tuple(answered)))
 
@@ -427,10 +439,11 @@ class Pipeline:
         """More has to be awaited, and other items need not wait for it. Raises JournalBroken."""
         if not appended.entries:  # another writer's outcome came first
             item.cancel_verification(errors.Abandoned("another outcome came first"))
+            item.stage.end()
             item.span.end()
             result = answers.answer_or_header(await answers.ended(self.journal, item.sequence))
         else:
-            result = self._recorded(item, appended.entries[0])
+            result = self._result(item, appended.entries[0])
             if item.verification is not None and result.HasField("output"):
                 assert item.output is not None
                 record = Record(item.admitted, appended.entries[0].header, item.input, item.output, item.company)
@@ -443,8 +456,8 @@ class Pipeline:
             await self.rerunner.append(Audit(item.admitted, item.recovery, nonce, digest, item.output.grade))
         self.dispatch(ev.Ended((item.sequence,)))
 
-    def _recorded(self, item: ActiveItem, sealed: Sealed) -> types_pb2.Result:
-        """The outcome is durable. The result, as every later reader of the journal derives it."""
+    def _result(self, item: ActiveItem, sealed: Sealed) -> types_pb2.Result:
+        """Of a durable outcome, as every later reader of the journal derives it."""
         result = result_of(sealed)
         self.observer.recorded(item, sealed, result)
         if result.HasField("output"):
@@ -486,9 +499,17 @@ class Pipeline:
 
     def _reap(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
-        error = None if task.cancelled() else task.exception()
-        if error is None:
-            return
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._fail(error)
+
+    def _guarded(self, callback: Callable[..., None], *arguments: object) -> None:
+        """As `spawn`, for what awaits nothing."""
+        try:
+            callback(*arguments)
+        except Exception as error:  # noqa: BLE001  # it ends the process
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
         if not self.broken.done():
             self.broken.set_exception(error)
         elif not isinstance(error, JournalBroken):  # every task may raise that one
@@ -509,24 +530,18 @@ class PendingAdmission:
     caller: tracing.Span = tracing.OFF
     """Of its call."""
     span: tracing.Span = tracing.OFF
+    journal_span: tracing.Span = tracing.OFF
 
-    def settle(self, given: types_pb2.Stamp | Binding) -> None:
-        self.span.end()
-        if isinstance(given, Binding):
-            self._release()
-        if not self.numbered.done():
-            self.numbered.set_result(given)
-
-    def refuse(self, error: errors.OstinatoError) -> None:
-        self.span.end(error)
-        self._release()
-        if not self.numbered.done():
-            self.numbered.set_exception(error)
-
-    def _release(self) -> None:
-        """It has no items."""
-        if self.charge is not None:
+    def settle(self, given: types_pb2.Stamp | Binding | errors.OstinatoError) -> None:
+        self.span.end(given if isinstance(given, errors.OstinatoError) else None)
+        if self.charge is not None and not isinstance(given, types_pb2.Stamp):  # it has no items
             self.charge.release(len(self.admission.items))
+        if self.numbered.done():
+            return
+        if isinstance(given, errors.OstinatoError):
+            self.numbered.set_exception(given)
+        else:
+            self.numbered.set_result(given)
 
 
 def _shown(key: str) -> str:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 from ostinato import errors
 from ostinato.v1 import engine_pb2
 
-Answer = asyncio.Future[engine_pb2.PrepareResponse | errors.OstinatoError]
+Answer = asyncio.Future[engine_pb2.PrepareResponse]
 
 
 def check_prepared(prepared: engine_pb2.PrepareResponse | None, count: int) -> engine_pb2.PrepareResponse:
@@ -29,65 +29,69 @@ class Preparing:
         self._last_id = 0
         self.unsent: deque[engine_pb2.PrepareRequest] = deque()
         """Some of them may have been given up."""
-        self._answers: dict[int, Answer] = {}
-        """By prepare id: those still awaited."""
+        self._answers: dict[int, tuple[Answer, int]] = {}
+        """By prepare id: those not answered yet, each with the number of its items."""
 
     def open(self) -> None:
         self._open = True
 
-    async def ask(self, request: engine_pb2.PrepareRequest, timeout: float | None) -> engine_pb2.PrepareResponse:
-        """Takes the request over. Raises what refused it, DeadlineExceeded, or EngineUnavailable if the stream is lost."""
-        if not self._open:
-            raise unreachable()
+    def ask(self, request: engine_pb2.PrepareRequest, timeout: float | None) -> Answer:
+        """Takes the request over. To give it up, cancel its answer.
+
+        The answer fails with what refused the request, DeadlineExceeded, ProtocolViolation for a useless response, or
+        EngineUnavailable if there is no stream or it is lost.
+        """
         self._last_id += 1
         request.prepare_id = self._last_id
         loop = asyncio.get_running_loop()
         answer: Answer = loop.create_future()
-        self._answers[request.prepare_id] = answer
+        if not self._open:
+            answer.set_exception(unreachable())
+            return answer
+        self._answers[request.prepare_id] = answer, len(request.items)
         self.unsent.append(request)
-        late = (
-            None
-            if timeout is None
-            else loop.call_later(timeout, _settle, answer, errors.DeadlineExceeded("the deadline passed while it was prepared"))
-        )
-        try:
-            answered = await answer
-        finally:
-            self._answers.pop(request.prepare_id, None)
-            if late is not None:
-                late.cancel()
-        if isinstance(answered, errors.OstinatoError):
-            raise answered
-        return answered
+        if timeout is not None:
+            late = loop.call_later(timeout, _fail, answer, errors.DeadlineExceeded("the deadline passed while it was prepared"))
+            answer.add_done_callback(lambda _: late.cancel())
+        return answer
 
-    def take(self, bytes_max: int) -> Iterator[engine_pb2.PrepareRequest]:
+    def take(self, bytes_max: int) -> list[engine_pb2.PrepareRequest]:
         """The next requests that are still awaited, up to about this many bytes."""
-        size = 0
+        taken, size = list[engine_pb2.PrepareRequest](), 0
         while self.unsent and size < bytes_max:
             request = self.unsent.popleft()
-            if request.prepare_id in self._answers:
+            if self._answers[request.prepare_id][0].done():
+                del self._answers[request.prepare_id]
+            else:
                 size += request.ByteSize()
-                yield request
+                taken.append(request)
+        return taken
 
     def settle(self, responses: Iterable[engine_pb2.PrepareResponse]) -> None:
         """Set the answers. Those that were given up are dropped."""
         for response in responses:
-            answer = self._answers.pop(response.prepare_id, None)
-            if answer is not None:
-                _settle(answer, errors.from_status(response.refused) if response.HasField("refused") else response)
+            answer, count = self._answers.pop(response.prepare_id, (None, 0))
+            if answer is None or answer.done():
+                continue
+            try:
+                if response.HasField("refused"):
+                    raise errors.from_status(response.refused)
+                answer.set_result(check_prepared(response, count))
+            except errors.OstinatoError as error:
+                answer.set_exception(error)
 
     def lose(self) -> None:
         """The stream is closed: every answer is EngineUnavailable."""
         self._open = False
         self.unsent.clear()
-        for answer in self._answers.values():
-            _settle(answer, unreachable())
+        for answer, _ in self._answers.values():
+            _fail(answer, unreachable())
         self._answers.clear()
 
 
-def _settle(answer: Answer, value: engine_pb2.PrepareResponse | errors.OstinatoError) -> None:
+def _fail(answer: Answer, error: errors.OstinatoError) -> None:
     if not answer.done():
-        answer.set_result(value)
+        answer.set_exception(error)
 
 
 def unreachable() -> errors.EngineUnavailable:

@@ -25,7 +25,7 @@ class Asked(msgspec.Struct, frozen=True):
     tenant: str
     cost: int
     items: int = 1
-    waits_until: float | None = None
+    deadline: float | None = None
 
 
 class TurnQueue:

@@ -60,7 +60,7 @@ WITHOUT_CREDENTIALS = ("/grpc.health.", "/ostinato.v1.Hop/")
 ENDLESS_MAX = 256
 """Health watches and reflection streams at once. Those who watch need no credentials."""
 
-QUIET_TURNS, TURNS_MAX, VAIN_WAITS = 8, 64, 8
+QUIET_TURNS, TURNS_MAX = 8, 64
 
 _log = logging.getLogger(__name__)
 
@@ -179,8 +179,10 @@ class _Method:
                     given = self._parsed(await read)
                 if self.takes_stream or self._gives_stream:
                     context = cast(Context, _CheckedContext(context, self._parsed, self._serialize, guard.unwritten))
-                if self._generates:
-                    await self._write_answers(given, context)
+                if self._generates:  # closed when the call ends early: the garbage collector would do that later
+                    async with contextlib.aclosing(self._behaviour(given, context)) as answers:
+                        async for answer in answers:
+                            await self._write(answer, context)
                     return None
                 made = await self._behaviour(given, context)
                 return None if self._gives_stream else self._counted(made, context)
@@ -233,17 +235,15 @@ class _Method:
             identity.require_admin(self._path)
         return identity.tenant
 
-    async def _write_answers(self, request: Any, context: Context) -> None:
-        """An async generator's. It is closed when the call ends early: the garbage collector would do that later."""
+    def _write(self, answer: Any, context: Context) -> Awaitable[None]:
         seconds = self._guard.write_seconds
-        async with contextlib.aclosing(self._behaviour(request, context)) as answers:
-            async for answer in answers:
-                if seconds is None:
-                    await context.write(answer)
-                elif not await written(context.write(answer), seconds=seconds):
-                    if self._guard.unwritten is not None:
-                        self._guard.unwritten.late()
-                    raise SlowReader(f"a message waited more than {seconds:g} s to be read")
+        return context.write(answer) if seconds is None else self._write_in_time(answer, context, seconds)
+
+    async def _write_in_time(self, answer: Any, context: Context, seconds: float) -> None:
+        if not await written(context.write(answer), seconds=seconds):
+            if self._guard.unwritten is not None:
+                self._guard.unwritten.late()
+            raise SlowReader(f"a message waited more than {seconds:g} s to be read")
 
     def _counted(self, answer: Any, context: Context) -> bytes:
         """The answer's bytes, which are held until gRPC has written them."""
@@ -408,33 +408,48 @@ def _retrieve(writing: asyncio.Future[None]) -> None:
 
 
 class Coalescer:
-    """Waits for what is about to be sent, so that it leaves in one message: a message costs some thirty times as much as a turn
-    of the event loop. No timer is used: where nothing happens, a turn takes some microseconds. A sender for which nothing has
-    come in its last waits is alone, and waits for one turn only."""
+    """Tells a sender when to send, so that what is about to come leaves in the same message: a message costs some thirty times
+    as much as a turn of the event loop. No timer is used: where nothing happens, a turn takes some microseconds.
 
-    def __init__(self) -> None:
-        self._vain = 0
-        """Waits in a row in which nothing came."""
+    A sender for which nothing else is under way sends at once. Any other waits until nothing has come for a few turns.
+    """
 
-    async def wait(self, amount: Callable[[], int]) -> None:
-        """Until the amount has not changed for a few turns, but not for many turns."""
-        first = before = amount()
-        if self._vain >= VAIN_WAITS:
-            await asyncio.sleep(0)
-            if (before := amount()) == first:
-                return
-        loop, quiet, turns = asyncio.get_running_loop(), 0, 0
-        done: asyncio.Future[None] = loop.create_future()
+    def __init__(self, alone: Callable[[], bool]) -> None:
+        """`alone`: whether nothing else is under way."""
+        self._alone = alone
+        self._ready: asyncio.Future[None] | None = None
+        """Of the sender that waits."""
+        self._waiting = self._before = 0
+        """Things to be sent, now and a turn ago."""
+        self._quiet = self._turns = 0
+        """Turns in which nothing came, and all turns, of this wait."""
 
-        def turn() -> None:  # a task that resumes would pass all coroutines that await it
-            nonlocal before, quiet, turns
-            now, turns = amount(), turns + 1
-            quiet, before = quiet + 1 if now == before else 0, now
-            if quiet < QUIET_TURNS and turns < TURNS_MAX and not done.done():
-                loop.call_soon(turn)
-            elif not done.done():
-                done.set_result(None)
+    def ready(self, waiting: int) -> asyncio.Future[None]:
+        """Done when the sender should send. So much waits already."""
+        self._ready, self._waiting = asyncio.get_running_loop().create_future(), waiting
+        if waiting:
+            self._begin(self._ready)
+        return self._ready
 
-        loop.call_soon(turn)
-        await done
-        self._vain = self._vain + 1 if before == first else 0
+    def add(self) -> None:
+        """One thing more is to be sent."""
+        self._waiting += 1
+        if self._waiting == 1 and self._ready is not None:
+            self._begin(self._ready)
+
+    def _begin(self, ready: asyncio.Future[None]) -> None:
+        self._quiet = self._turns = self._before = 0
+        if not self._alone():
+            ready.get_loop().call_soon(self._turn, ready)
+        elif not ready.done():
+            ready.set_result(None)
+
+    def _turn(self, ready: asyncio.Future[None]) -> None:
+        self._quiet = self._quiet + 1 if self._waiting == self._before else 0
+        self._before, self._turns = self._waiting, self._turns + 1
+        if ready.done():
+            return
+        if self._quiet < QUIET_TURNS and self._turns < TURNS_MAX:
+            ready.get_loop().call_soon(self._turn, ready)
+        else:
+            ready.set_result(None)

@@ -32,7 +32,7 @@ class Admit(msgspec.Struct, frozen=True):
     needs: tuple[Need, ...]
     keyed: bool
     deadline: float | None = None
-    """Of the call. A keyed batch outlives it."""
+    """Of the call; None also for a keyed batch, which outlives it."""
     tenant: str = ""
 
     @property
@@ -44,12 +44,8 @@ class Admit(msgspec.Struct, frozen=True):
         """Tokens, prompts and answers at worst; at least 1."""
         return max(1, sum(need.kv_tokens for need in self.needs))
 
-    @property
-    def waits_until(self) -> float | None:
-        return None if self.keyed else self.deadline
-
     def expired(self, now: float) -> bool:
-        return self.deadline is not None and not self.keyed and now >= self.deadline
+        return self.deadline is not None and now >= self.deadline
 
 
 class Numbered(msgspec.Struct, frozen=True):

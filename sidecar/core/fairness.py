@@ -61,7 +61,7 @@ class Batch(Protocol):
         ...
 
     @property
-    def waits_until(self) -> float | None: ...
+    def deadline(self) -> float | None: ...
 
 
 B = TypeVar("B", bound=Batch)
@@ -127,7 +127,7 @@ class FairQueue(Generic[B]):
         lane = self._lanes.setdefault(batch.tenant, Lane(batch.tenant))
         assert batch.batch_id not in self._batches
         self._batches[batch.batch_id] = lane.batches[batch.batch_id] = batch
-        self._deadlines.put(batch.batch_id, batch.waits_until)
+        self._deadlines.put(batch.batch_id, batch.deadline)
         lane.items += batch.items
         self.items += batch.items
 
@@ -195,7 +195,7 @@ class AdmissionQueue:
 
     def step(self, event: ev.Event, now: float) -> list[ev.Effect]:
         """The effects of one event, in the order in which they are to be performed."""
-        if type(event) is ev.Admit and (event.expired(now) or not self._enters(event)):
+        if type(event) is ev.Admit and not self._enters(event, now):
             return self._wait(event, now)
         effects = list(self._before(event, now)) if self.waiting.items else []
         if type(event) is ev.Ended:
@@ -239,16 +239,16 @@ class AdmissionQueue:
             return errors.QueueFull(f"{own} items of this tenant wait, {most} may", retry_after=hint)
         return error
 
-    def _enters(self, admit: ev.Admit) -> bool:
+    def _enters(self, admit: ev.Admit, now: float) -> bool:
         """Whether a new batch is numbered without waiting here."""
-        if self._has_room(admit):
-            return not self.waiting.items or not (self.waiting.items_of(admit.tenant) or self._core.queued_of(admit.tenant))
-        return False
+        if admit.expired(now) or not self._has_room(admit):
+            return False
+        return not self.waiting.items or not (self.waiting.items_of(admit.tenant) or self._core.queued_of(admit.tenant))
 
     def _has_room(self, admit: ev.Admit) -> bool:
         """Whether the batch may be numbered now. One that is larger than the bound enters when its tenant has nothing numbered
         that waits."""
-        return self._core.queued + admit.items <= self._bounds.numbered_items_max or not self._core.queued_of(admit.tenant)
+        return self._core.queued + len(admit.needs) <= self._bounds.numbered_items_max or not self._core.queued_of(admit.tenant)
 
     def _before(self, event: ev.Event, now: float) -> Iterator[ev.Effect]:
         """What the event does to waiting batches."""

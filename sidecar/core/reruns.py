@@ -37,33 +37,29 @@ class Reruns:
 
     def __init__(self, bounds: Bounds, shares: Shares) -> None:
         self.bounds, self._shares = bounds, shares
-        self.waiting: dict[ev.Urgency, dict[int, ev.Rerun]] = {urgency: {} for urgency in ev.Urgency}
-        """By rerun id, the oldest first."""
+        self.waiting: dict[ev.Urgency, dict[int, ev.Rerun]] = {}
+        """By rerun id, the oldest first. An urgency of which none waits is not here."""
         self.running: dict[int, Running] = {}
         """By run id."""
 
-    @property
-    def queued(self) -> bool:
-        """Whether any wait, of any urgency."""
-        return any(self.waiting.values())
-
     def room(self, tenant: str) -> bool:
         """Whether another replay of this tenant may wait."""
-        queue, places = self.waiting[ev.Urgency.REPLAY], self.bounds.reruns_max
+        queue, places = self.waiting.get(ev.Urgency.REPLAY, {}), self.bounds.reruns_max
         if self._shares.divided and sum(rerun.tenant == tenant for rerun in queue.values()) >= places // TENANT_PART:
             return False
         return len(queue) < places
 
     def react(self, event: ev.Rerun | ev.CancelRerun, window: Window | None, *, draining: bool) -> Iterator[ev.Effect]:
         if isinstance(event, ev.CancelRerun):
-            for queue in self.waiting.values():
-                queue.pop(event.rerun_id, None)
+            for queue in list(self.waiting.values()):
+                if (rerun := queue.get(event.rerun_id)) is not None:
+                    self._dequeue(rerun)
             running = [run_id for run_id, running in self.running.items() if running.rerun.rerun_id == event.rerun_id]
             yield from self._cancel(running, window)
         elif (error := self._refusal(event, window, draining=draining)) is not None:
             yield ev.RerunLost(event.rerun_id, error)
         else:
-            self.waiting[event.urgency][event.rerun_id] = event
+            self.waiting.setdefault(event.urgency, {})[event.rerun_id] = event
 
     def _refusal(self, rerun: ev.Rerun, window: Window | None, *, draining: bool) -> errors.OstinatoError | None:
         if draining:
@@ -73,20 +69,20 @@ class Reruns:
         if window.need(rerun.kv_tokens) > window.engine.kv_blocks:
             return errors.EngineFailed("needs more KV blocks than the engine has")
         places = self.bounds.reruns_max  # verifications are bounded by the items that run
-        if rerun.urgency is not ev.Urgency.VERIFY and len(self.waiting[rerun.urgency]) >= places:
+        if rerun.urgency is not ev.Urgency.VERIFY and len(self.waiting.get(rerun.urgency, ())) >= places:
             return errors.QueueFull(f"{places} second runs wait")
         return None
 
     def verify(self, window: Window, next_run_id: Callable[[], int], now: float) -> Iterator[ev.Effect]:
         """Start the verifications that fit. Called before items are submitted."""
-        queue = self.waiting[ev.Urgency.VERIFY]
+        queue = self.waiting.get(ev.Urgency.VERIFY)
         while queue and window.fits(window.need((rerun := next(iter(queue.values()))).kv_tokens)):
             yield self._submit(rerun, window, next_run_id(), now)
 
     def submit(self, window: Window, next_run_id: Callable[[], int], now: float) -> Iterator[ev.Effect]:
         """Start the other reruns that may. Called when no item waits."""
         for urgency in (ev.Urgency.REPLAY, ev.Urgency.BACKGROUND):
-            queue = self.waiting[urgency]
+            queue = self.waiting.get(urgency)
             while queue:
                 rerun = self._next(queue)
                 if not self._may_begin(rerun, window):
@@ -100,15 +96,21 @@ class Reruns:
         return min(queue.values(), key=lambda rerun: running[rerun.tenant])  # of equals the first that arrived
 
     def _submit(self, rerun: ev.Rerun, window: Window, run_id: int, now: float) -> ev.Effect:
-        del self.waiting[rerun.urgency][rerun.rerun_id]
+        self._dequeue(rerun)
         blocks = window.need(rerun.kv_tokens)
         window.take(blocks, exclusive=rerun.exclusive)
-        if rerun.tenant is not None:
+        if rerun.tenant is not None and self._shares.divided:
             self._shares.run(rerun.tenant, 1, blocks)
         assert rerun.urgency is ev.Urgency.VERIFY or window.runs <= window.engine.runs, "invariant 2"
         expires_at = now + self.bounds.item_timeout_seconds
         self.running[run_id] = Running(rerun, blocks, expires_at)
         return ev.SubmitRerun(run_id, rerun.rerun_id, expires_at)
+
+    def _dequeue(self, rerun: ev.Rerun) -> None:
+        queue = self.waiting[rerun.urgency]
+        del queue[rerun.rerun_id]
+        if not queue:
+            del self.waiting[rerun.urgency]
 
     def _may_begin(self, rerun: ev.Rerun, window: Window) -> bool:
         share, engine = self.bounds.reruns_share, window.engine
@@ -126,7 +128,7 @@ class Reruns:
         running = self.running.pop(run_id, None)
         if running is not None:
             window.give(running.blocks)
-            if running.rerun.tenant is not None:
+            if running.rerun.tenant is not None and self._shares.divided:
                 self._shares.run(running.rerun.tenant, -1, -running.blocks)
         return running is not None
 
@@ -144,7 +146,7 @@ class Reruns:
         yield from self._cancel(self.running, window)
         for queue in self.waiting.values():
             lost += queue.values()
-            queue.clear()
+        self.waiting.clear()
         for rerun in lost:
             yield ev.RerunLost(rerun.rerun_id, error)
 

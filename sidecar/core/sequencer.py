@@ -189,7 +189,7 @@ class Sequencer:
                 effects += self.reruns.react(event, self.window, draining=self.draining)
             case _:
                 self._engine_or_drain(event)
-        if self.window is not None and (self.waiting or self.reruns.queued):
+        if self.window is not None and (self.waiting or self.reruns.waiting):
             self._submit_what_fits(self.window, now)
         if self.draining and not (self._drained or self.items or self.queued):
             self._drained = True
@@ -244,13 +244,8 @@ class Sequencer:
 
     def _numbered(self, batch: Batch, first_sequence: int) -> None:
         admit, batch.first_sequence = batch.admit, first_sequence
-        deadline = admit.waits_until
-        self._wait(
-            [
-                Item(sequence, admit.batch_id, need, admit.keyed, deadline, admit.tenant)
-                for sequence, need in enumerate(admit.needs, first_sequence)
-            ]
-        )
+        about = admit.keyed, admit.deadline, admit.tenant
+        self._wait([Item(first_sequence + place, admit.batch_id, need, *about) for place, need in enumerate(admit.needs)])
         if batch.cancelled is not None:
             self._cancel_batch(admit.batch_id, batch.cancelled)
         if self._abandoning:
@@ -266,7 +261,8 @@ class Sequencer:
     def _queue(self, tenant: str, count: int) -> None:
         """More items of a tenant wait for the journal or for the engine, or fewer."""
         self.queued += count
-        self.shares.queue(tenant, count)
+        if self.shares.divided:
+            self.shares.queue(tenant, count)
 
     def _wait(self, items: list[Item]) -> None:
         """Put these, which are ascending and were counted by `_queue`, into `waiting`."""
@@ -283,9 +279,9 @@ class Sequencer:
     def _submit_what_fits(self, window: Window, now: float) -> None:
         if window.runs >= window.runs_max:
             return
-        if self.reruns.queued:
+        if self.reruns.waiting:
             self._effects += self.reruns.verify(window, self._next_run_id, now)
-        while (item := self._head(window)) is not None:
+        while self.waiting and (item := self._head(window)) is not None:
             item.blocks = window.need(item.need.kv_tokens)
             if (error := unfit(item, window)) is not None:
                 self._end(item, error)
@@ -293,13 +289,13 @@ class Sequencer:
                 self._submit(item, window, now)
             else:
                 return
-        if self.reruns.queued and not self.waiting:
+        if self.reruns.waiting and not self.waiting:
             self._effects += self.reruns.submit(window, self._next_run_id, now)
 
     def _head(self, window: Window) -> Item | None:
         """The first item that waits and whose tenant may hold more."""
         if not self.shares.divided:
-            return next(iter(self.waiting.values()), None)
+            return next(iter(self.waiting.values()))
         full: set[str] = set()
         for item in self.waiting.values():
             if item.tenant in full:
@@ -321,7 +317,8 @@ class Sequencer:
         assert item.phase is Phase.WAITING, "invariant 4"
         assert item.losses < self.bounds.attempts_max, "invariant 4"
         window.take(item.blocks, exclusive=item.quarantined)
-        self.shares.run(item.tenant, 1, item.blocks)
+        if self.shares.divided:
+            self.shares.run(item.tenant, 1, item.blocks)
         item.phase, item.run_id = Phase.SUBMITTED, self._next_run_id()
         item.attempt = item.first_attempt + item.losses
         item.expires_at = now + self.bounds.item_timeout_seconds
@@ -398,7 +395,8 @@ class Sequencer:
         assert self.window is not None
         del self.runs[item.run_id]
         self.window.give(item.blocks)
-        self.shares.run(item.tenant, -1, -item.blocks)
+        if self.shares.divided:
+            self.shares.run(item.tenant, -1, -item.blocks)
         if not ran:
             self._effects.append(ev.CancelRun(item.run_id))
 

@@ -118,8 +118,6 @@ class Shares:
 
     def queue(self, tenant: str, count: int) -> None:
         """More items of a tenant wait, or fewer if it is negative."""
-        if not self.divided:
-            return
         holding = self._holdings.setdefault(tenant, Holding())
         waited = holding.queued > 0
         holding.queued += count
@@ -129,8 +127,6 @@ class Shares:
 
     def run(self, tenant: str, runs: int, blocks: int) -> None:
         """A run of a tenant has started or, if these are negative, ended."""
-        if not self.divided:
-            return
         holding = self._holdings.setdefault(tenant, Holding())
         holding.runs += runs
         holding.blocks += blocks

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import msgspec
@@ -295,15 +296,9 @@ class Journal:
         """Whether admissions are refused: there is no room, or no database."""
         return self._committer.full
 
-    async def append(self, draft: Draft) -> Appended:
-        """Durable on return. It takes its place in the order when the coroutine first runs."""
-        appended: Appended = await self._put(draft)
-        return appended
-
-    async def append_outcomes(self, outcomes: Sequence[Outcome]) -> list[Appended]:
-        """As `append` of each in this order, in one task."""
-        answers = [self._put(outcome) for outcome in outcomes]
-        return [await answer for answer in answers]
+    def append(self, draft: Draft) -> asyncio.Future[Appended]:
+        """Done when it is durable. It takes its place in the order now."""
+        return self._ask(partial(Job, draft))
 
     async def wait(self, index: int) -> None:
         """Until an entry with this index is durable, of any writer."""
@@ -385,21 +380,16 @@ class Journal:
         return await self._read(self._store.newest)
 
     async def _read(self, read: Callable[[], T]) -> T:
-        answer = self._expect()
-        self._jobs.put(_Read(read, answer))
-        value: T = await answer
+        value: T = await self._ask(partial(_Read, read))
         return value
 
-    def _put(self, draft: Draft) -> Answer:
-        answer = self._expect()
-        self._jobs.put(Job(draft, answer))
-        return answer
-
-    def _expect(self) -> Answer:
-        if self._over:
-            raise JournalBroken(self._over)
+    def _ask(self, job: Callable[[Answer], Job[Answer] | _Read]) -> Answer:
         answer: Answer = self._loop.create_future()
-        self._unanswered[answer] = None
+        if self._over:
+            answer.set_exception(JournalBroken(self._over))
+        else:
+            self._unanswered[answer] = None
+            self._jobs.put(job(answer))
         return answer
 
     # ---- in the event loop, called by the thread

@@ -16,6 +16,11 @@ from service.outbox import Outbox
 MANY = 1 << 30
 
 
+async def next_of(outbox: Outbox) -> engine_pb2.ExecuteResponse | None:
+    await outbox.ready()
+    return outbox.next()
+
+
 def tokens(run_id: int, first: int, text: str) -> engine_pb2.RunEvent:
     made = engine_pb2.RunTokens(
         first_token=first, token_ids=text.encode(), text=text, logprobs=[types_pb2.TokenLogprobs(logprob=-1)] * len(text)
@@ -36,7 +41,7 @@ def test_nothing_is_lost_or_reordered(said: list[tuple[int, str]], data: st.Data
         arrived, sent = dict.fromkeys(range(1, 5), ""), dict.fromkeys(range(1, 5), "")
 
         async def read() -> None:
-            frame = await outbox.next()
+            frame = await next_of(outbox)
             for event in frame.events if frame else ():
                 assert event.run_id not in ended
                 if event.HasField("finished"):
@@ -57,7 +62,7 @@ def test_nothing_is_lost_or_reordered(said: list[tuple[int, str]], data: st.Data
         outbox.close()
         while len(ended) < 4:
             await read()
-        assert await outbox.next() is None
+        assert await next_of(outbox) is None
         assert arrived == sent
         return arrived
 
@@ -69,7 +74,7 @@ async def test_tokens_that_wait_become_one() -> None:
     outbox = Outbox(MANY, MANY)
     for first in range(100):
         outbox.put(tokens(1 + first % 2, first // 2, "a"))
-    frame = await outbox.next()
+    frame = await next_of(outbox)
 
     assert frame is not None
     assert [(event.run_id, event.tokens.text) for event in frame.events] == [(1, "a" * 50), (2, "a" * 50)]
@@ -81,7 +86,7 @@ async def test_a_message_ends_at_its_size() -> None:
     for run_id in range(1, 6):
         outbox.put(finished(run_id))
     outbox.put(tokens(9, 0, "a" * 200))
-    counts = [len(frame.events) for _ in range(4) if (frame := await outbox.next()) is not None]
+    counts = [len(frame.events) for _ in range(4) if (frame := await next_of(outbox)) is not None]
 
     assert counts == [2, 2, 1, 1]
 
@@ -92,9 +97,9 @@ async def test_welcome_goes_ahead_of_events() -> None:
     outbox.put(finished(1))
     for incarnation in ("a", "b"):
         outbox.welcome(engine_pb2.Welcome(description=engine_pb2.DescribeResponse(incarnation=incarnation)))
-    first = await outbox.next()
+    first = await next_of(outbox)
     outbox.put(finished(2))
-    second = await outbox.next()
+    second = await next_of(outbox)
 
     assert first is not None
     assert (first.welcome.description.incarnation, len(first.events)) == ("b", 1)
@@ -109,10 +114,10 @@ async def test_bound() -> None:
         outbox.put(finished(run_id))
     outbox.fail(EpochStale("later"))
 
-    assert outbox.failed
+    assert outbox.error
     assert len(outbox._waiting) < 5
     with pytest.raises(SlowReader):
-        await outbox.next()
+        await next_of(outbox)
 
 
 async def test_bound_counts_what_waits() -> None:
@@ -120,12 +125,12 @@ async def test_bound_counts_what_waits() -> None:
     outbox = Outbox(200, 70)
     for run_id in range(1, 100):
         outbox.put(finished(run_id))
-        await outbox.next()
+        await next_of(outbox)
 
-    assert not outbox.failed
+    assert not outbox.error
 
 
 async def test_next_waits() -> None:
     """While nothing waits there is no message."""
     with pytest.raises(TimeoutError):
-        await asyncio.wait_for(Outbox(MANY, MANY).next(), 0.02)
+        await asyncio.wait_for(next_of(Outbox(MANY, MANY)), 0.02)

@@ -23,7 +23,6 @@ from serving.handlers import (
     QUIET_TURNS,
     STATUS_BYTES_MAX,
     TURNS_MAX,
-    VAIN_WAITS,
     Coalescer,
     _Observation,
     fitting,
@@ -282,11 +281,11 @@ async def test_an_unknown_method_is_grpcs_to_refuse() -> None:
 
 
 def turns_waited(coming: list[bool]) -> int:
-    """The oracle: up to the first QUIET_TURNS turns in a row without a change, or to the last turn."""
-    for end in range(QUIET_TURNS, TURNS_MAX):
+    """The oracle: up to the first QUIET_TURNS turns in a row without a change, or to the last turn. One turn begins a wait."""
+    for end in range(QUIET_TURNS, TURNS_MAX - 1):
         if not any(coming[end - QUIET_TURNS : end]):
             return end
-    return TURNS_MAX
+    return TURNS_MAX - 1
 
 
 @given(st.lists(st.booleans(), min_size=2 * TURNS_MAX, max_size=2 * TURNS_MAX))
@@ -294,44 +293,37 @@ def test_waits_as_long_as_something_comes(coming: list[bool]) -> None:
     """Something comes in some turns of the loop and not in others: the wait ends with the first few quiet ones, or in time."""
 
     async def play() -> int:
-        waiting, turns, looked = 0, 0, list[int]()
-
-        async def bring() -> None:
-            nonlocal waiting, turns
-            for comes in coming:
-                waiting, turns = waiting + comes, turns + 1
-                await asyncio.sleep(0)
-
-        def amount() -> int:
-            looked.append(turns)
-            return waiting
-
-        bringing = asyncio.create_task(bring())
-        await Coalescer().wait(amount)
-        await bringing
-        return looked[-1]
+        coalescer, turns = Coalescer(alone=lambda: False), 0
+        ready = coalescer.ready(1)
+        await asyncio.sleep(0)  # in this turn the wait begins
+        for comes in coming:
+            if ready.done():
+                break
+            if comes:
+                coalescer.add()
+            turns += 1
+            await asyncio.sleep(0)
+        return turns
 
     assert asyncio.run(play()) == turns_waited(coming)
 
 
-async def test_a_sender_that_is_alone_hardly_waits() -> None:
-    """After waits in which nothing came, a wait is one turn long; after one in which something came, all are long again."""
-    coalescer, waiting = Coalescer(), list[int]()
+async def test_a_sender_that_is_alone_does_not_wait() -> None:
+    """Where nothing else is under way, what waits already is sent at once, and so is what comes."""
+    coalescer = Coalescer(alone=lambda: True)
+    assert coalescer.ready(1).done()
+    ready = coalescer.ready(0)
+    await asyncio.sleep(0)
+    assert not ready.done()
+    coalescer.add()
+    assert ready.done()
 
-    async def turns() -> int:
-        counting, counted = asyncio.create_task(coalescer.wait(lambda: len(waiting))), 0
-        while not counting.done():
-            await asyncio.sleep(0)
-            counted += 1
-        return counted
 
-    long = await turns()
-    for _ in range(VAIN_WAITS):
-        await turns()
-    short = await turns()
-    assert short < long
-
-    loop = asyncio.get_running_loop()
-    loop.call_soon(loop.call_soon, waiting.append, 1)  # in the turn after the wait has begun
-    await turns()
-    assert await turns() == long
+async def test_a_sender_that_was_given_up() -> None:
+    """A sender that is cancelled while it waits is not told anything; the next one is."""
+    coalescer = Coalescer(alone=lambda: True)
+    coalescer.ready(1).cancel()
+    await asyncio.sleep(0)
+    later = coalescer.ready(0)
+    coalescer.add()
+    await later

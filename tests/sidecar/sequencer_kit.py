@@ -42,7 +42,7 @@ class Edge:
     def admit(self, *needs: ev.Need, keyed: bool = False, deadline: float | None = None) -> int:
         """The id of a numbered batch."""
         self.batch_ids += 1
-        made = self.dispatch(ev.Admit(self.batch_ids, needs, keyed, deadline))
+        made = self.dispatch(ev.Admit(self.batch_ids, needs, keyed, None if keyed else deadline))
         assert made[0] == ev.AppendAdmission(self.batch_ids)
         first, self.next_sequence = self.next_sequence, self.next_sequence + len(needs)
         self.dispatch(ev.Numbered(self.batch_ids, first))

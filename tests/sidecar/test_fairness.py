@@ -206,7 +206,7 @@ class World:
         """A batch with an item for each count of tokens; without any, one of 10."""
         self._needs[batch_id] = tuple(ev.Need(count, MODEL) for count in tokens or (10,))
         self._largest = max(self._largest, len(self._needs[batch_id]))
-        self.dispatch(ev.Admit(batch_id, self._needs[batch_id], keyed, deadline, tenant))
+        self.dispatch(ev.Admit(batch_id, self._needs[batch_id], keyed, None if keyed else deadline, tenant))
 
     def dispatch(self, event: ev.Event) -> None:
         for effect in self.queue.step(event, self.now):

@@ -400,7 +400,7 @@ async def test_signed(kit: Kit) -> None:
         kit.configure(signer=signer)
         async with opened(kit) as using:
             entries = [*await using.admit(item(1), item(2)), *await using.admit(item(3))]
-            ends = await using.journal.append_outcomes([completed(each) for each in entries])
+            ends = await asyncio.gather(*(using.journal.append(completed(each)) for each in entries))
             made += [each.entries[0] for each in ends]
             newest, head = await using.journal.newest_signed(), await using.journal.head()
 

@@ -185,7 +185,7 @@ async def test_a_damaged_page(tmp_path: Path) -> None:
         await journal.items(400, 400, 1)
     assert len(await journal.items(1, 1, 1)) == 1
     again = (await journal.append(admission(*(item(number, seed=1) for number in range(2000))))).entries
-    ended = await journal.append_outcomes([completed(entry) for entry in again])
+    ended = await asyncio.gather(*(journal.append(completed(entry)) for entry in again))
     assert 0 < sum(twin(each.entries[0]) is None for each in ended) < 2000
     assert {why.partition(":")[0] for why in DAMAGED} == {"table items cannot be read", "table twins cannot be read"}
     with pytest.raises(JournalBroken):

@@ -196,7 +196,7 @@ async def test_what_is_to_be_prepared_leaves_together(tmp_path: Path) -> None:
     service = Service(preparing)
     async with linked(tmp_path, service) as (link, listener, _):
         await listener.hears("up")
-        asking = [asyncio.create_task(link.prepare(asked(text), 30.0, short=True)) for text in ("a", "bad", "left", "b")]
+        asking = [link.prepare(asked(text), 30.0) for text in ("a", "bad", "left", "b")]
         await asyncio.sleep(0)
         asking[2].cancel()
         done = await asyncio.gather(*asking, return_exceptions=True)
@@ -215,10 +215,10 @@ async def test_a_stream_that_ends_while_it_prepares(tmp_path: Path) -> None:
     """Everybody who waits is told to come back; the next stream prepares again."""
     async with linked(tmp_path, Service(dying, preparing)) as (link, listener, _):
         await listener.hears("up")
-        for error in await asyncio.gather(*(failing(link.prepare(asked(text), None, short=True)) for text in "ab")):
+        for error in await asyncio.gather(*(failing(link.prepare(asked(text), None)) for text in "ab")):
             assert (type(error), error.retry_after) == (errors.EngineUnavailable, 1.0)
         await listener.hears("up", "down: DISCONNECTED", "up")
-        assert (await link.prepare(asked("a"), None, short=True)).items
+        assert (await link.prepare(asked("a"), None)).items
 
 
 async def test_a_lost_stream_is_opened_again(tmp_path: Path) -> None:
@@ -322,7 +322,7 @@ async def test_no_service(tmp_path: Path) -> None:
     """Without a service, preparing fails at once, with a retry hint."""
     link = EngineLink(f"unix:{tmp_path}/none.sock", pause_seconds=0.01)
     async with asyncio.timeout(30):
-        error = await failing(link.prepare(engine_pb2.PrepareRequest(), None, short=True))
+        error = await failing(link.prepare(engine_pb2.PrepareRequest(), None))
     await link.close()
 
     assert (type(error), error.retry_after) == (errors.EngineUnavailable, 1.0)

@@ -56,9 +56,11 @@ class Watched(Pipeline):
         self.told.append(event)
 
     async def finish(self) -> None:
-        """Until every task has ended. Raises what one of them raised."""
-        while self._tasks:
-            await asyncio.gather(*self._tasks)
+        """Until every item has ended. Raises what was raised meanwhile."""
+        while self.items or self._tasks:
+            await asyncio.sleep(0.001)
+            if self.broken.done():
+                self.broken.result()
 
 
 def cancelled(admitted: Sealed) -> Outcome:
@@ -145,7 +147,8 @@ async def test_an_input_is_what_was_recorded(journal: Journal) -> None:
     draft_ = draft(request, engine_pb2.PrepareResponse(items=prepared, model_digest=b"m"), "tenant", os.urandom)
     answer = asyncio.get_running_loop().create_future()
     pipeline._pending[1] = batch = PendingAdmission(1, draft_, waiter, 0.0, answer)
-    await pipeline._number(batch)
+    pipeline._number(batch)
+    await answer
 
     recorded = [entries.admitted for entries in await journal.items(1, 2, 2)]
     assert [pipeline.items[1].input, pipeline.items[2].input] == [
@@ -163,8 +166,10 @@ async def test_a_batch_that_the_journal_does_not_take(
 ) -> None:
     """It is refused with the journal's error, and the core and the process go on without it."""
 
-    async def refuse(_draft: object) -> Never:
-        raise kind("no", retry_after=7)
+    def refuse(_draft: object) -> asyncio.Future[Never]:
+        refused: asyncio.Future[Never] = asyncio.get_running_loop().create_future()
+        refused.set_exception(kind("no", retry_after=7))
+        return refused
 
     monkeypatch.setattr(journal, "append", refuse)
     pipeline = Watched(journal)
@@ -172,7 +177,7 @@ async def test_a_batch_that_the_journal_does_not_take(
     draft_ = draft(generation_pb2.GenerateRequest(), engine_pb2.PrepareResponse(items=[prepared]), "tenant", os.urandom)
     answer = asyncio.get_running_loop().create_future()
     pipeline._pending[1] = batch = PendingAdmission(1, draft_, UnaryWaiter(1, account()), 0.0, answer)
-    await pipeline._number(batch)
+    pipeline._number(batch)
 
     with pytest.raises(kind) as refused:
         await batch.numbered

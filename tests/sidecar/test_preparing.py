@@ -25,7 +25,8 @@ def asked(text: str = "x", **parameters: object) -> engine_pb2.PrepareRequest:
 
 def answer(request: engine_pb2.PrepareRequest) -> engine_pb2.PrepareResponse:
     """By which its request can be told."""
-    return engine_pb2.PrepareResponse(prepare_id=request.prepare_id, model_digest=request.items[0].text.encode())
+    item = engine_pb2.PreparedItem(token_ids=[1], parameters=types_pb2.ResolvedParameters(max_new_tokens=1))
+    return engine_pb2.PrepareResponse(prepare_id=request.prepare_id, model_digest=request.items[0].text.encode(), items=[item])
 
 
 def refusal(request: engine_pb2.PrepareRequest) -> engine_pb2.PrepareResponse:

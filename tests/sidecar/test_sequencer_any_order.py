@@ -188,7 +188,7 @@ class AnyOrder(RuleBasedStateMachine):
         window, reruns = self.edge.core.window, self.edge.core.reruns
         if window is None:
             assert not reruns.running
-            assert not any(reruns.waiting.values())
+            assert not reruns.waiting
             return
         held = [each.rerun.kv_tokens for each in reruns.running.values() if each.rerun.urgency is not ev.Urgency.VERIFY]
         if len(held) > 1:
