@@ -273,17 +273,15 @@ class Pipeline:
 
     def _numbered(self, batch: PendingAdmission, appending: asyncio.Future[Appended]) -> None:
         """The batch is durable, its key was bound already, or the journal refused it."""
-        batch.journal_span.end(appending.exception())
         del self._pending[batch.batch_id]
-        try:
-            appended = appending.result()
-            why_not: Binding | errors.Refused | None = appended.binding
-        except errors.Refused as error:
-            why_not = error
+        error = appending.exception()
+        batch.journal_span.end(error)
+        why_not = error if isinstance(error, errors.Refused) else appending.result().binding
         if why_not is not None:
             self.dispatch(ev.NotNumbered(batch.batch_id))
             batch.settle(why_not)
             return
+        appended = appending.result()
         self.quota.add(batch.admission.tenant, appended.entries)
         now, stamp = self.clock(), stamp_of(appended.entries[0].header)
         batch.waiter.sequences = range(stamp.first_sequence, stamp.first_sequence + stamp.count)
