@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import grpc
 
@@ -49,21 +50,27 @@ class Flood:
         """Whole messages, by gRPC's own client."""
         options = [("grpc.use_local_subchannel_pool", 1), ("grpc.max_send_message_length", -1)]
         async with grpc.aio.insecure_channel(self.target, options) as channel:
-            call = channel.unary_unary(method, request_serializer=_as_is, response_deserializer=_as_is)
+            call: Any = channel.unary_unary(method)
             await self.lasting(lambda: call(message, metadata=tuple(self.metadata)), at_once)
 
     @contextlib.asynccontextmanager
     async def peers(self, count: int) -> AsyncIterator[list[Peer]]:
-        """Connections that read nothing of a stream."""
+        """Connections that read nothing of a stream, until the time is over."""
+        end = time.monotonic() + self.seconds
         async with AsyncExitStack() as stack:
             peers = list[Peer]()
             for _ in range(count):
                 with contextlib.suppress(OSError):
                     peers.append(await stack.enter_async_context(connected(self.target)))
             yield peers
+            await asyncio.sleep(max(0.0, end - time.monotonic()))
 
-    async def rest(self, begun: float) -> None:
-        await asyncio.sleep(max(0.0, begun + self.seconds - time.monotonic()))
+    async def unread(self, method: str, message: bytes) -> None:
+        """10 connections with 50 calls each, whose answers are not read."""
+        async with self.peers(10) as peers:
+            for _ in range(50):
+                for peer in peers:
+                    peer.call(method, message, self.metadata)
 
 
 def long_text() -> bytes:
@@ -76,21 +83,33 @@ def nested(count: int) -> bytes:
     return Request(items=[types_pb2.Item(chat=chat)]).SerializeToString()
 
 
+FLOODS: dict[str, Callable[[Flood], Awaitable[None]]] = {}
+
+
+def named(flood: Callable[[Flood], Awaitable[None]]) -> Callable[[Flood], Awaitable[None]]:
+    FLOODS[flood.__name__] = flood
+    return flood
+
+
+@named
 async def large(flood: Flood) -> None:
     """60 callers with requests of 4 MB."""
     await flood.calls(GENERATE, long_text(), 60)
 
 
+@named
 async def empty_items(flood: Flood) -> None:
     """10 callers with requests of 2.09 million empty items."""
     await flood.calls(GENERATE, b"\x0a\x00" * 2_090_000, 10)
 
 
+@named
 async def empty_messages(flood: Flood) -> None:
     """10 callers with chats of 2 million empty messages."""
     await flood.calls(GENERATE, nested(2_000_000), 10)
 
 
+@named
 async def resets(flood: Flood) -> None:
     """4 connections that begin calls and reset them at once."""
     message = Request(items=[types_pb2.Item(text="hello")]).SerializeToString()
@@ -106,39 +125,29 @@ async def resets(flood: Flood) -> None:
     await flood.lasting(connection, 4)
 
 
+@named
 async def small(flood: Flood) -> None:
     """100 callers with small requests, on 4 connections."""
     message = Request(items=[types_pb2.Item()]).SerializeToString()
     await asyncio.gather(*(flood.calls(GENERATE, message, 25) for _ in range(4)))
 
 
+@named
 async def idle(flood: Flood) -> None:
     """2,000 connections that do nothing."""
-    begun = time.monotonic()
     async with flood.peers(2_000):
-        await flood.rest(begun)
+        pass
 
 
+@named
 async def half_sent(flood: Flood) -> None:
     """20 connections with 100 requests each, which never end: all but the last bytes of 4 MB are sent, as windows allow."""
-    begun = time.monotonic()
     part = framed(long_text()[: -MIB // 16], MESSAGE_BYTES)
-    async with flood.peers(20) as peers, asyncio.TaskGroup() as group:
-        sending = [
-            group.create_task(peer.send(peer.begin(GENERATE, flood.metadata), part)) for _ in range(100) for peer in peers
-        ]
-        await flood.rest(begun)
-        for each in sending:
-            each.cancel()
-
-
-async def _unread(flood: Flood, method: str, message: bytes) -> None:
-    begun = time.monotonic()
-    async with flood.peers(10) as peers:
-        for _ in range(50):
-            for peer in peers:
-                peer.call(method, message, flood.metadata)
-        await flood.rest(begun)
+    async with flood.peers(20) as peers:
+        sending = asyncio.gather(*(peer.send(peer.begin(GENERATE, flood.metadata), part) for _ in range(100) for peer in peers))
+    sending.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await sending
 
 
 def chatty() -> bytes:
@@ -147,70 +156,43 @@ def chatty() -> bytes:
     return Request(items=[types_pb2.Item(text="hello")] * 4, parameters=parameters).SerializeToString()
 
 
+@named
 async def unread_streams(flood: Flood) -> None:
     """10 connections with 50 streams each, whose tokens are not read."""
-    await _unread(flood, STREAM, chatty())
+    await flood.unread(STREAM, chatty())
 
 
+@named
 async def unread_answers(flood: Flood) -> None:
     """10 connections with 50 requests each, whose answers are not read."""
-    await _unread(flood, GENERATE, chatty())
+    await flood.unread(GENERATE, chatty())
 
 
+@named
 async def unread_records(flood: Flood) -> None:
     """10 connections with 50 reads each of a batch of 3 MB, which are not read."""
-    key = "flood"
     many = types_pb2.Parameters(max_new_tokens=600, ignore_eos=True, logprobs=20)
-    batch = Request(items=[types_pb2.Item(text="hello")] * 12, parameters=many, idempotency_key=key)
-    begun = time.monotonic()
+    batch = Request(items=[types_pb2.Item(text="hello")] * 12, parameters=many, idempotency_key="flood")
     async with grpc.aio.insecure_channel(flood.target, [("grpc.max_receive_message_length", -1)]) as channel:
-        call = channel.unary_unary(GENERATE, request_serializer=_as_is, response_deserializer=_as_is)
+        call: Any = channel.unary_unary(GENERATE)
         await call(batch.SerializeToString(), metadata=tuple(flood.metadata))
-    read = sequencer_pb2.GetRequest(idempotency_key=key).SerializeToString()
-    async with flood.peers(10) as peers:
-        for _ in range(50):
-            for peer in peers:
-                peer.call(GET, read, flood.metadata)
-        await flood.rest(begun)
+    await flood.unread(GET, sequencer_pb2.GetRequest(idempotency_key="flood").SerializeToString())
 
 
+@named
 async def watchers(flood: Flood) -> None:
     """100 connections with 100 health watches each."""
-    begun = time.monotonic()
     async with flood.peers(100) as peers:
         for peer in peers:
             for _ in range(100):
                 peer.call(WATCH, b"", flood.metadata)
             await peer.drain()
-        await flood.rest(begun)
-
-
-FLOODS = {
-    each.__name__: each
-    for each in (
-        large,
-        empty_items,
-        empty_messages,
-        resets,
-        small,
-        idle,
-        half_sent,
-        unread_streams,
-        unread_answers,
-        unread_records,
-        watchers,
-    )
-}
 
 
 async def main() -> None:
     name, target, seconds, *token = sys.argv[1:]
     metadata = [("authorization", f"Bearer {token[0]}")] if token else []
     await FLOODS[name](Flood(target, float(seconds), metadata))
-
-
-def _as_is(data: bytes) -> bytes:
-    return data
 
 
 if __name__ == "__main__":

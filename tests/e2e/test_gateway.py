@@ -274,16 +274,16 @@ async def test_a_real_model(tmp_path: Path) -> None:
 async def real(api: openai.AsyncOpenAI, model: str, own: Client) -> None:
     question: Any = [{"role": "user", "content": "Wie heißt die Hauptstadt von 日本?"}]
     chat = types_pb2.Item(chat=types_pb2.Chat(messages=[types_pb2.Message(role="user", content=question[0]["content"])]))
-    expected = (await own.generate(chat, max_new_tokens=12, seed=1, temperature=0.7)).results[0].output.text
-    asked: Any = {"model": model, "messages": question, "max_tokens": 12, "seed": 1, "temperature": 0.7}
+    expected = (await own.generate(chat, max_new_tokens=6, seed=1, temperature=0.7)).results[0].output.text
+    asked: Any = {"model": model, "messages": question, "max_tokens": 6, "seed": 1, "temperature": 0.7}
     made = await api.chat.completions.create(**asked)
     stream = await api.chat.completions.create(**asked, stream=True)
 
     assert made.choices[0].message.content == expected
     assert "".join([choice.delta.content or "" async for chunk in stream for choice in chunk.choices]) == expected
 
-    plain = (await own.generate("Shanghai is", max_new_tokens=12, seed=1, top_k=40)).results[0].output.text
-    text = await api.completions.create(model=model, prompt="Shanghai is", max_tokens=12, seed=1, extra_body={"top_k": 40})
+    plain = (await own.generate("Shanghai is", max_new_tokens=6, seed=1, top_k=40)).results[0].output.text
+    text = await api.completions.create(model=model, prompt="Shanghai is", max_tokens=6, seed=1, extra_body={"top_k": 40})
     assert text.choices[0].text == plain
 
     schema: Any = {"name": "answer", "schema": {"type": "object", "properties": {"a": {"enum": ["x"]}}, "required": ["a"]}}

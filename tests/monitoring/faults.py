@@ -6,29 +6,24 @@ import asyncio
 import contextlib
 import json
 import subprocess
-import threading
-from collections.abc import AsyncIterator, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import apsw
-import grpc
 import yaml
 
 from ostinato import errors
 from ostinato.client import Client
 from ostinato.signature import SignedTree, Signer, new_key, signer_of
-from ostinato.v1 import engine_pb2, engine_pb2_grpc
-from serving.hop import PEER_SUFFIX, ServiceEnd
-from serving.server import Unix
+from ostinato.v1 import engine_pb2
 
+from tests.engine import Fake, served
 from tests.monitoring.load import Running, watched
 from tests.monitoring.names import alerts
 from tests.monitoring.watch import RULES, Webhook
 from tests.pair import Pair
-from tests.waiting import until
+from tests.waiting import apart, until
 
 COMPILER = "cc"
 SLOW_DISK = """
@@ -150,7 +145,7 @@ class Faults:
     def lose_engine(self) -> None:
         """A server at the engine's address that violates the protocol, and two restarts of the sidecar."""
         self.pair.service.kill()
-        with _wrong_service(self.pair.engine_address):
+        with apart(served(Fake(welcomes=[engine_pb2.ExecuteResponse()] * 1000), self.pair.engine_address)):
             self._start_again()
             self._start_again()
             self._until_firing("OstinatoEngineFaults")
@@ -203,43 +198,6 @@ async def _large(client: Client) -> None:
 
 async def _patient(client: Client) -> None:
     await client.generate("Whenever you can", max_new_tokens=8)
-
-
-class _WrongService(engine_pb2_grpc.EngineServicer):
-    """Sends no Welcome."""
-
-    Describe: Any = None
-    Prepare: Any = None
-    Tokenize: Any = None
-    GetTokenizer: Any = None
-
-    async def Execute(self, requests: Any, context: Any) -> AsyncIterator[engine_pb2.ExecuteResponse]:
-        yield engine_pb2.ExecuteResponse()
-
-
-@contextlib.contextmanager
-def _wrong_service(address: str) -> Iterator[None]:
-    async def serve(started: threading.Event, over: threading.Event) -> None:
-        server, hop = grpc.aio.server(), ServiceEnd()
-        engine_pb2_grpc.add_HopServicer_to_server(hop, server)
-        engine_pb2_grpc.add_EngineServicer_to_server(_WrongService(), server)
-        server.add_insecure_port(address)
-        await hop.hand_out(Unix("--listen", Path(address.removeprefix("unix:") + PEER_SUFFIX)).listening())
-        await server.start()
-        started.set()
-        await asyncio.to_thread(over.wait)
-        hop.close()
-        await server.stop(0)
-
-    started, over = threading.Event(), threading.Event()
-    with ThreadPoolExecutor(1) as apart:
-        serving = apart.submit(asyncio.run, serve(started, over))
-        try:
-            assert started.wait(LATE)
-            yield
-        finally:
-            over.set()
-            serving.result()
 
 
 def _slow_disk(folder: Path) -> Path:

@@ -9,10 +9,9 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from collections import defaultdict, deque
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partialmethod
 from typing import IO, Any
@@ -26,6 +25,8 @@ from ostinato import chain, digest, errors
 from ostinato.cli.app import app
 from ostinato.client import Client
 from ostinato.v1 import generation_pb2, generation_pb2_grpc, sequencer_pb2, sequencer_pb2_grpc, types_pb2
+
+from tests.waiting import apart
 
 LOG_ID = "0123456789abcdef0123456789abcdef"
 
@@ -349,24 +350,9 @@ async def talking(**options: Any) -> AsyncIterator[tuple[Fake, Client]]:
         yield fake, client
 
 
-@contextmanager
-def serving_apart(fake: Fake) -> Iterator[str]:
+def serving_apart(fake: Fake) -> AbstractContextManager[str]:
     """The fake in a thread, for callers that block."""
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever, daemon=True)
-    thread.start()
-
-    def run(work: Any) -> Any:
-        return asyncio.run_coroutine_threadsafe(work, loop).result()
-
-    server = serving(fake)
-    try:
-        yield run(server.__aenter__())
-    finally:
-        run(server.__aexit__(None, None, None))
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join()
-        loop.close()
+    return apart(serving(fake))
 
 
 COMMAND = (sys.executable, "-m", "ostinato.cli")

@@ -104,13 +104,8 @@ class Clients:
 
     async def _call(self, job: Job, attempt: int, afterwards: bool) -> Call:
         history = self._history
-        request = generation_pb2.GenerateRequest()
-        request.CopyFrom(job.request)
-        number = len(history.calls) + 1
-        request.request_id = f"{job.number}/{number}"
-        call = Call(number, job.number, request, job.streamed, 0, afterwards=afterwards)
-        history.calls.append(call)
-        call.sent = history.note(self._loop.time(), "sent", request.request_id)
+        call = history.call(job, str(job.number), self._loop.time(), afterwards=afterwards)
+        request = call.request
         seconds = (job.deadline_seconds or PATIENCE_SECONDS) * attempt  # who runs out of time takes more of it
         try:
             deadline = self._loop.time() + seconds

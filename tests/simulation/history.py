@@ -12,6 +12,7 @@ from ostinato import errors
 from ostinato.v1 import engine_pb2, generation_pb2, types_pb2
 
 from sidecar.journal.model import Sealed
+from tests.simulation.plan import Job
 
 
 @dataclass(slots=True, eq=False)
@@ -169,6 +170,16 @@ class History:
     trace: list[str] | None = None
     """Every line, if a trace is wanted."""
     _times: list[float] = field(default_factory=list)
+
+    def call(self, job: Job, name: str, now: float, *, afterwards: bool = False) -> Call:
+        """A new call of this job. The request_id of each is its own, so that the journal tells them apart."""
+        request = generation_pb2.GenerateRequest()
+        request.CopyFrom(job.request)
+        number = len(self.calls) + 1
+        request.request_id = f"{name}/{number}"
+        sent = self.note(now, "sent", request.request_id)
+        self.calls.append(Call(number, job.number, request, job.streamed, sent, afterwards=afterwards))
+        return self.calls[-1]
 
     def note(self, now: float, *what: object) -> int:
         """The step at which this happened."""

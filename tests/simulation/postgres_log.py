@@ -32,8 +32,6 @@ _NO_ROOM = """CREATE FUNCTION full_disk() RETURNS trigger LANGUAGE plpgsql
 class PostgresLog:
     """A schema of its own. It has one sidecar at a time here; tests/soak has several, as processes."""
 
-    shared = False
-
     def __init__(self, server: Postgres) -> None:
         self._server = server
         self._url = server.url(server.schema())

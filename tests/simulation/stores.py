@@ -56,9 +56,6 @@ def opening(now_millis: int) -> Opening:
 class Log(Protocol):
     """One log, opened by one sidecar after the other, or by several."""
 
-    shared: bool
-    """Whether a second sidecar can open it while the first is there."""
-
     def open(self, now_millis: int) -> tuple[Store, Opened]:
         """A new epoch."""
         ...
@@ -86,8 +83,6 @@ class Log(Protocol):
 
 class SqliteLog:
     """The real backend, on a simulated disk."""
-
-    shared = False
 
     def __init__(self, folder: Path) -> None:
         self.disk = Disk()
@@ -136,7 +131,6 @@ class SqliteLog:
 class SharedLog:
     """A log in memory, of which every transaction is atomic."""
 
-    shared = True
     written: list[Sealed] = field(default_factory=list)
     keys: dict[tuple[str, str], Binding] = field(default_factory=dict)
     ended: dict[int, Sealed] = field(default_factory=dict)

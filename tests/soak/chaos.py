@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import random
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -16,6 +15,7 @@ from tests.soak import checks
 from tests.soak.checks import Record
 from tests.soak.load import Load, jobs
 from tests.soak.recording import RecordedPair
+from tests.waiting import eventually
 
 SCRIPT = json.dumps({"runs": 32, "rules": [{"do": "delay", "at": at, "seconds": 0.03} for at in (0, 4, 9, 15)]})
 """Slow enough that a kill always finds work in flight, with pauses before its first token and between others."""
@@ -82,19 +82,19 @@ class Story:
             await asyncio.to_thread(sidecar.kill)
             await asyncio.to_thread(self.pair.start_sidecar)
         if self.rng.random() < READY_SHARE:
-            await self.ready()
+            await eventually(self._connected, "an engine is connected", READY_SECONDS)
 
-    async def ready(self) -> None:
-        """Until an engine is connected."""
-        deadline = time.monotonic() + READY_SECONDS
-        while not (await asyncio.to_thread(self.pair.metrics)).get("ostinato_engine_connected"):
-            assert time.monotonic() < deadline, "no engine came"
-            await asyncio.sleep(0.02)
+    async def _connected(self) -> bool:
+        return bool((await asyncio.to_thread(self.pair.metrics)).get("ostinato_engine_connected"))
 
     async def judge(self, since: int) -> list[str]:
         """Wait for what is unfinished, then check this chapter's load and the whole journal so far."""
         async with Client(self.pair.target) as client:
-            await self._settled(client)
+
+            async def settled() -> bool:
+                return not (await client.head(timeout=READY_SECONDS)).unfinished
+
+            await eventually(settled, "every item has ended", READY_SECONDS)
             await self.record.read(client)
             faults = await checks.kept(self.load.calls, client)
         record = self.record
@@ -102,9 +102,3 @@ class Story:
         if record.opened != self.epochs:
             faults.append(f"{record.opened} epochs were opened by {self.epochs} sidecars")
         return faults
-
-    async def _settled(self, client: Client) -> None:
-        deadline = time.monotonic() + READY_SECONDS
-        while (await client.head(timeout=READY_SECONDS)).unfinished:
-            assert time.monotonic() < deadline, "some items never end"
-            await asyncio.sleep(0.02)

@@ -1,7 +1,7 @@
 """A load: jobs that many clients send to real programs. What each client saw goes into a history, which `checks` judges.
 
 A job is a batch to be answered. A client sends it until it is: again after a refusal, which burns no number, and
-again after a lost connection if it has a key. Every call has a request_id of its own, so that the journal tells them apart.
+again after a lost connection if it has a key.
 """
 
 from __future__ import annotations
@@ -87,26 +87,20 @@ class Load:
             await asyncio.sleep(PAUSE_SECONDS)
 
     async def _call(self, client: Client, job: Job) -> Call:
-        request = generation_pb2.GenerateRequest()
-        request.CopyFrom(job.request)
-        number = len(self.calls) + 1
-        request.request_id = f"{self._name}/{job.number}/{number}"
-        call = Call(number, job.number, request, job.streamed, self._note("sent", number))
-        self.calls.append(call)
+        call = self.history.call(job, f"{self._name}/{job.number}", time.monotonic())
         try:
             if job.streamed:
-                async with aclosing(client.stream(request, timeout=CALL_SECONDS)) as events:
+                async with aclosing(client.stream(call.request, timeout=CALL_SECONDS)) as events:
                     async for event in events:
-                        call.hear(event, self._note("event", number))
+                        call.hear(event, self._note(call))
             else:
-                response = await client.generate(request, timeout=CALL_SECONDS)
-                call.answer(response, self._note("answer", number))
+                call.answer(await client.generate(call.request, timeout=CALL_SECONDS), self._note(call))
             call.ended_well = True
         except (errors.Refused, errors.Disconnected) as error:
             call.error = error
         finally:
-            call.closed = self._note("closed", number)
+            call.closed = self._note(call)
         return call
 
-    def _note(self, what: str, number: int) -> int:
-        return self.history.note(time.monotonic(), what, number)
+    def _note(self, call: Call) -> int:
+        return self.history.note(time.monotonic(), call.number)
