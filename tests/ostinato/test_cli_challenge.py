@@ -146,10 +146,3 @@ def test_what_has_no_input_cannot_be_challenged(ostinato: Terminal, elsewhere: t
     assert "1 records without input, 0 without output; get --json has both" in result.stderr
     for line in ("nonsense", "7", '{"a": 1}', json.dumps(show.as_dict(types_pb2.SignedHead(root=b"r")))):
         assert ostinato("challenge", "-", "--against", target, stdin=line).exit_code == 2
-
-
-def test_a_challenge_names_the_sidecar_that_is_away(ostinato: Terminal) -> None:
-    """If the other sidecar cannot be reached, the hint names it and its option."""
-    result = ostinato("challenge", "-", "--against", "127.0.0.1:1", stdin=records(ostinato))
-    hint = result.stderr.splitlines()[-1]
-    assert (result.exit_code, hint) == (1, "  Is a sidecar running at 127.0.0.1:1? Choose another with --against.")

@@ -64,13 +64,13 @@ def test_an_interrupt_ends_the_reading_of_prompts(elsewhere: tuple[Fake, str]) -
 
 
 def test_a_reader_may_leave(elsewhere: tuple[Fake, str]) -> None:
-    """A closed pipe ends the command without a message, and cancels its call."""
+    """Lines of tail --follow reach a pipe at once. A closed pipe ends the command without a message, and cancels its call."""
     fake, target = elsewhere
     assert _run("generate", "a", target=target)[0] == 0
-    with start("tail", "--payloads", "--follow", target=target) as process:
+    with start("tail", "--payloads", "--follow", "--json", target=target) as process:
         assert process.stdout is not None
         assert process.stderr is not None
-        assert process.stdout.readline()
+        assert json.loads(process.stdout.readline())["header"]["index"] == "1"
         process.stdout.close()
 
         assert _run("generate", *"abcd", target=target)[0] == 0
@@ -114,16 +114,6 @@ def test_a_pipe_gets_plain_text(elsewhere: tuple[Fake, str]) -> None:
 def test_the_version_is_the_packages() -> None:
     """--version prints the command's name and the package's version."""
     assert _run("--version") == (0, f"ostinato {ostinato.__version__}\n", "")
-
-
-def test_json_reaches_a_pipe_at_once(elsewhere: tuple[Fake, str]) -> None:
-    """The lines of tail --follow reach a pipe at once."""
-    _, target = elsewhere
-    assert _run("generate", "a", target=target)[0] == 0
-    with start("tail", "--follow", "--json", target=target) as process:
-        assert process.stdout is not None
-        assert json.loads(process.stdout.readline())["header"]["index"] == "1"
-        process.send_signal(signal.SIGINT)
 
 
 def test_a_shell_completes_commands() -> None:

@@ -115,14 +115,6 @@ def test_json_is_the_response(ostinato: Terminal) -> None:
     assert ostinato.fake.calls[-1].request.confidence == 0.9
 
 
-@pytest.mark.parametrize("confidence", ["0", "1", "95", "nan", "-1"])
-def test_no_confidence(ostinato: Terminal, confidence: str) -> None:
-    """A confidence out of bounds is wrong usage, and nothing is sent."""
-    result = ostinato("report", "--confidence", confidence)
-    assert (result.exit_code, ostinato.fake.calls) == (2, [])
-    assert "--confidence" in result.stderr
-
-
 def test_a_page_without_matplotlib(ostinato: Terminal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without matplotlib the message names the extra, and nothing is sent."""
     monkeypatch.delitem(sys.modules, "ostinato.cli.charts", raising=False)

@@ -253,24 +253,6 @@ def test_a_file_without_a_record(tmp_path: Path, content: bytes, said: list[str]
     assert all(line.startswith(begin) for line, begin in zip(lines, begins, strict=True)), lines
 
 
-@pytest.mark.parametrize(
-    ("options", "why"),
-    [
-        ([], "/: Is a directory"),
-        (["--key", "/nowhere"], "--key: /nowhere: No such file"),
-        (["--witness", "/nowhere"], "--witness: /nowhere: No such file"),
-        (["--witness", "http://127.0.0.1:1/"], "--witness: http://127.0.0.1:1/: [Errno 111] Connection refused"),
-        (["--witness", "http://a b/"], "--witness: http://a b/: URL can't contain control characters"),
-    ],
-)
-def test_a_file_that_cannot_be_read_is_named(options: list[str], why: str) -> None:
-    """A file, key or witness that cannot be read is wrong usage that names it."""
-    result = CliRunner().invoke(app, ["verify", "/", *options])
-
-    assert result.exit_code == 2
-    assert why in " ".join(result.output.split())
-
-
 def test_without_cryptography_a_key_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the package `cryptography` is not installed, --key says what to install; without --key nothing needs it."""
     monkeypatch.setitem(sys.modules, "cryptography", None)

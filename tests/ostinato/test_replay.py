@@ -50,17 +50,6 @@ def test_ranges(ostinato: Terminal, range_: str, expected: tuple[int, int]) -> N
     assert spans(ostinato.fake) == [expected]
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    ["", "a..b", "1...3", "0..3", "3..2", f"1..{2**64}", "1..2 --concurrency 65", "1 --against localhost", "1 --against a:0"],
-)
-def test_wrong_usage_is_two(ostinato: Terminal, arguments: str) -> None:
-    """A missing or bad range or target exits 2, and nothing runs."""
-    result = ostinato("replay", *arguments.split())
-    assert (result.exit_code, result.stdout, spans(ostinato.fake)) == (2, "", [])
-    assert "--against: must be" in " ".join(result.stderr.split()) or "--against" not in arguments
-
-
 def test_an_unknown_range_is_an_error(ostinato: Terminal) -> None:
     """A range after the newest sequence exits 1, and the message has the newest."""
     result = ostinato("replay", "7..9")
@@ -239,11 +228,10 @@ def test_a_full_queue_elsewhere_is_waited_for(ostinato: Terminal, elsewhere: tup
 
 
 def test_nobody_elsewhere_breaks_the_replay(ostinato: Terminal) -> None:
-    """If the other sidecar cannot be reached, the command fails, and names it and its option."""
+    """If the other sidecar cannot be reached, the command fails, and says how far it came."""
     result = ostinato("replay", "1..", "--against", "127.0.0.1:1")
-    first, _, hint = result.stderr.splitlines()
-    assert (result.exit_code, first) == (1, f"interrupted after 0 of 6: {COUNTS.format(0, 0, 0, 0, 0)}")
-    assert hint == "  Is a sidecar running at 127.0.0.1:1? Choose another with --against."
+    said = f"interrupted after 0 of 6: {COUNTS.format(0, 0, 0, 0, 0)}"
+    assert (result.exit_code, result.stderr.splitlines()[0]) == (1, said)
 
 
 # ---- bounded_gather

@@ -271,10 +271,11 @@ def attempts(draw: st.DrawFn) -> list[tuple[list[int], list[int]]]:
     return [(tokens, draw(cut_lists)) for tokens in (*lost, made[-1])]
 
 
-@given(attempts())
-def test_the_listener_ends_with_the_last_attempt(tried: list[tuple[list[int], list[int]]]) -> None:
+@given(attempts(), st.booleans())
+def test_the_listener_ends_with_the_last_attempt(tried: list[tuple[list[int], list[int]]], streamed: bool) -> None:
     """The caller ends with tokens, text and logprobs of the last attempt, without gaps or repetitions. A Restarted comes
-    only if a sent token was not repeated."""
+    only if a sent token was not repeated. Of a last attempt of which only the output is known, the caller has no more than was
+    sent, unless Restarted comes."""
     progress, listener = Progress(SEQUENCE), Heard()
     needless = True
     for number, (tokens, cuts) in enumerate(tried, start=1):
@@ -282,39 +283,23 @@ def test_the_listener_ends_with_the_last_attempt(tried: list[tuple[list[int], li
         if number > 1:
             progress.restart(number)
             assert progress.lost == heard
-        for piece in runs(tokens, cuts):
+        for piece in runs(tokens, cuts) if streamed or number < len(tried) else ():
             listener.hear(*progress.accept(piece))
             sofar = Heard()
             sofar.hear(None, progress.so_far())
             assert (sofar.ids, sofar.text, sofar.logprobs) == (listener.ids, listener.text, listener.logprobs)
         needless = needless and heard[: len(tokens)] == tokens[: len(heard)]
     final = tried[-1][0]
-    listener.hear(*progress.finish(output(final)))
-
-    assert (listener.ids, listener.text, listener.logprobs) == (final, text(final), logprobs(final))
-    assert bool(listener.restarts) == (not needless)
-    assert listener.restarts == sorted(set(listener.restarts)), "once an attempt at most"
-
-
-@given(attempts())
-def test_an_attempt_that_nobody_streamed(tried: list[tuple[list[int], list[int]]]) -> None:
-    """If only the output of the last attempt is known, Restarted comes unless the sent tokens are its prefix."""
-    progress, listener = Progress(SEQUENCE), Heard()
-    for number, (tokens, cuts) in enumerate(tried, start=1):
-        if number > 1:
-            progress.restart(number)
-        for piece in runs(tokens, cuts):
-            listener.hear(*progress.accept(piece))
-    final = whole([1, END])
-    progress.restart(len(tried) + 1)
-    before = list(listener.ids)
-
+    sent = list(listener.ids)
     restarted, run = progress.finish(output(final))
     listener.hear(restarted, run)
 
-    assert listener.ids == final[: len(listener.ids)]
-    assert (restarted is None) == (before == final[: len(before)])
-    assert restarted is None or listener.ids == final
+    told = final if streamed or restarted is not None else sent
+    assert (listener.ids, listener.logprobs) == (told, logprobs(told))
+    assert told == final[: len(told)]
+    assert listener.text == text(final) or told != final
+    assert bool(listener.restarts) == (not needless)
+    assert listener.restarts == sorted(set(listener.restarts)), "once an attempt at most"
 
 
 def test_attempts_without_tokens() -> None:
