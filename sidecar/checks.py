@@ -11,7 +11,7 @@ import contextlib
 import logging
 import tomllib
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
@@ -201,14 +201,6 @@ class Auditor:
 # ---- canaries
 
 
-@dataclass(frozen=True, slots=True)
-class Canary:
-    """A named prompt, with everything that determines its answer."""
-
-    name: str
-    item: types_pb2.Item
-
-
 class _Table(msgspec.Struct, forbid_unknown_fields=True):
     name: Annotated[str, msgspec.Meta(min_length=1, max_length=NAME_LENGTH_MAX)]
     text: Annotated[str, msgspec.Meta(min_length=1)]
@@ -219,15 +211,15 @@ class _File(msgspec.Struct, forbid_unknown_fields=True):
     canary: Annotated[list[_Table], msgspec.Meta(max_length=CANARIES_MAX)] = []
 
 
-def read_canaries(path: Path | None) -> tuple[Canary, ...]:
-    """The canaries in this TOML file, or the default ones. Raises ValueError that names the file and the fault."""
-    path = path or DEFAULT_CANARIES
+def read_canaries(path: Path | None) -> dict[str, types_pb2.Item]:
+    """The canaries in this TOML file, or the default ones: by name, a prompt with everything that determines its answer. Raises
+    ValueError that names the file and the fault."""
+    path, canaries = path or DEFAULT_CANARIES, dict[str, types_pb2.Item]()
     try:
-        tables = msgspec.convert(tomllib.loads(path.read_text()), _File).canary
-        canaries = tuple(Canary(each.name, _item(position, each)) for position, each in enumerate(tables))
-        names = [each.name for each in canaries]
-        if twice := {name for name in names if names.count(name) > 1}:
-            raise ValueError(f"{min(twice)!r} is the name of two canaries")
+        for position, table in enumerate(msgspec.convert(tomllib.loads(path.read_text()), _File).canary):
+            if table.name in canaries:
+                raise ValueError(f"{table.name!r} is the name of two canaries")
+            canaries[table.name] = _item(position, table)
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from error
     except (ValueError, msgspec.ValidationError) as error:
@@ -252,7 +244,7 @@ class CanaryRunner:
     `canary/FINGERPRINT/INPUT`, two digests in hexadecimal, and later answers are compared with it.
     """
 
-    def __init__(self, pipeline: Pipeline, canaries: Sequence[Canary], seconds: float) -> None:
+    def __init__(self, pipeline: Pipeline, canaries: Mapping[str, types_pb2.Item], seconds: float) -> None:
         self._pipeline, self._canaries, self._seconds = pipeline, canaries, seconds
         self._prepared: dict[str, sequencer_pb2.AdmittedPayload | None] = {}
         """By name, for the model that runs. None if the service has refused the canary."""
@@ -280,72 +272,72 @@ class CanaryRunner:
             model = model_digest(engine.model.fingerprint.fields)
             if model != self._model:
                 self._model, self._prepared = model, {}
-            prepared = [(canary, await self._prepare(canary)) for canary in self._canaries]
-            runs = [(canary, given) for canary, given in prepared if given is not None and self._may_run(canary)]
-            await asyncio.gather(*(self._run(canary, given, engine.model.fingerprint.digest) for canary, given in runs))
+            prepared = [(name, await self._prepare(name, item)) for name, item in self._canaries.items()]
+            runs = [(name, given) for name, given in prepared if given is not None and self._may_run(name)]
+            await asyncio.gather(*(self._run(name, given, engine.model.fingerprint.digest) for name, given in runs))
         finally:
             self._busy = False
 
-    async def _prepare(self, canary: Canary) -> sequencer_pb2.AdmittedPayload | None:
+    async def _prepare(self, name: str, item: types_pb2.Item) -> sequencer_pb2.AdmittedPayload | None:
         """The tokenised canary, once for each model. None if it was refused, or cannot be prepared now; that is counted."""
-        if canary.name in self._prepared:
-            if (known := self._prepared[canary.name]) is None:
+        if name in self._prepared:
+            if (known := self._prepared[name]) is None:
                 self._pipeline.observer.not_compared(CANARY, errors.InvalidRequest.reason)
             return known
         try:
-            request = engine_pb2.PrepareRequest(items=[canary.item])
+            request = engine_pb2.PrepareRequest(items=[item])
             link = self._pipeline.link
             response = await (link.prepare if is_short(request) else link.prepare_long)(request, self._seconds)
         except errors.OstinatoError as error:
             self._pipeline.observer.not_compared(CANARY, error.reason)
             if isinstance(error, errors.InvalidRequest):
-                self._prepared[canary.name] = None
-                log.warning("canary refused", extra={"canary": canary.name, "why": error.message})
+                self._prepared[name] = None
+                log.warning("canary refused", extra={"canary": name, "why": error.message})
             return None
-        (item,) = response.items
-        given = self._prepared[canary.name] = sequencer_pb2.AdmittedPayload(
-            token_ids=item.token_ids,
-            parameters=item.parameters,
-            seed=item.seed,
+        (prepared,) = response.items
+        given = self._prepared[name] = sequencer_pb2.AdmittedPayload(
+            token_ids=prepared.token_ids,
+            parameters=prepared.parameters,
+            seed=prepared.seed,
             model_digest=response.model_digest,
             nonce=self._pipeline.random_bytes(NONCE_BYTES),
         )
         return given
 
-    def _may_run(self, canary: Canary) -> bool:
+    def _may_run(self, name: str) -> bool:
         """False if the canary may be what kills the engine."""
-        if self._losses[canary.name] == LOSSES_MAX:
-            log.error("canary given up: the engine was lost under it", extra={"canary": canary.name})
-            self._losses[canary.name] += 1
-        if self._losses[canary.name] > LOSSES_MAX:
+        if self._losses[name] == LOSSES_MAX:
+            log.error("canary given up: the engine was lost under it", extra={"canary": name})
+            self._losses[name] += 1
+        if self._losses[name] > LOSSES_MAX:
             self._pipeline.observer.not_compared(CANARY, errors.AttemptsExhausted.reason)
-        return self._losses[canary.name] < LOSSES_MAX
+        return self._losses[name] < LOSSES_MAX
 
-    async def _run(self, canary: Canary, given: sequencer_pb2.AdmittedPayload, fingerprint: bytes) -> None:
+    async def _run(self, name: str, given: sequencer_pb2.AdmittedPayload, fingerprint: bytes) -> None:
         digest = input_digest(given.token_ids, given.parameters, given.seed)
-        name, known = _note_name(fingerprint, digest), None
+        note, known = _note_name(fingerprint, digest), None
         try:
-            known = (await self._pipeline.journal.notes(name)).get(name)
+            known = (await self._pipeline.journal.notes(note)).get(note)
             if known is None:
-                await self._learn(canary, given, digest)
+                await self._learn(name, given, digest)
             else:
-                await self._compare(canary, given, fingerprint, types_pb2.Output.FromString(known))
+                await self._compare(name, given, fingerprint, types_pb2.Output.FromString(known))
         except errors.OstinatoError as error:
             if known is None:  # otherwise check has counted it
                 self._pipeline.observer.not_compared(CANARY, error.reason)
             if isinstance(error, errors.EngineUnavailable):
-                self._losses[canary.name] += 1
+                self._losses[name] += 1
         else:
-            del self._losses[canary.name]
+            del self._losses[name]
 
-    async def _learn(self, canary: Canary, given: sequencer_pb2.AdmittedPayload, digest: bytes) -> None:
+    async def _learn(self, name: str, given: sequencer_pb2.AdmittedPayload, digest: bytes) -> None:
         result = await self._pipeline.rerunner.start(given, 0, CANARY)
-        name = _note_name(result.fingerprint_digest, digest)
-        await self._pipeline.journal.append(Note(name, result.output.SerializeToString(deterministic=True)))
-        log.info("canary learned", extra={"canary": canary.name, "fingerprint": result.fingerprint_digest.hex()[:16]})
+        note = _note_name(result.fingerprint_digest, digest)
+        await self._pipeline.journal.append(Note(note, result.output.SerializeToString(deterministic=True)))
+        log.info("canary learned", extra={"canary": name, "fingerprint": result.fingerprint_digest.hex()[:16]})
 
     async def _compare(
-        self, canary: Canary, given: sequencer_pb2.AdmittedPayload, fingerprint: bytes, output: types_pb2.Output
+        self, name: str, given: sequencer_pb2.AdmittedPayload, fingerprint: bytes, output: types_pb2.Output
     ) -> None:
         header = types_pb2.EntryHeader(
             form=FORM,
@@ -354,10 +346,10 @@ class CanaryRunner:
             fingerprint_digest=fingerprint,
             grade=output.grade,
         )
-        record = Record(header, header, given, output, canary=canary.name)
+        record = Record(header, header, given, output, canary=name)
         recheck = await self._pipeline.rerunner.check(record, CANARY)
         if recheck.comparison.verdict == types_pb2.VERDICT_DIVERGED:
-            log.error("canary diverged", extra={"canary": canary.name})
+            log.error("canary diverged", extra={"canary": name})
 
 
 def _note_name(fingerprint: bytes, digest: bytes) -> str:
@@ -411,15 +403,13 @@ async def _replay(pipeline: Pipeline, entries: ItemEntries, tenant: str, *, excl
     sequence, rerunner = entries.admitted.header.sequence, pipeline.rerunner
     try:
         record = Record.of(entries)
-    except errors.PayloadPruned as error:
-        pipeline.observer.not_compared(REPLAY, error.reason)
-        return sequencer_pb2.ReplayResponse(comparison=no_verdict(sequence, REPLAY, error))
-    try:
         second = rerunner.start(record.input, sequence, REPLAY, tenant, exclusive=exclusive)
         recheck = await rerunner.check(record, REPLAY, second, tenant)
     except (errors.EngineUnavailable, errors.Draining):
         raise
-    except errors.OstinatoError as error:  # check has counted it
+    except errors.OstinatoError as error:
+        if isinstance(error, errors.PayloadPruned):  # check counts all others
+            pipeline.observer.not_compared(REPLAY, error.reason)
         return sequencer_pb2.ReplayResponse(comparison=no_verdict(sequence, REPLAY, error))
     response = sequencer_pb2.ReplayResponse(comparison=recheck.comparison)
     if response.comparison.HasField("first_difference"):

@@ -231,7 +231,7 @@ class GatewayAnswer:
             raise errors.Abandoned(f"sequence {self._restarted} {why}")
         self._set_trailers(results)
         results.sort(key=lambda result: result.sequence)
-        completes = [_complete(result.output, self._index(result.sequence)) for result in results]
+        completes = [_complete(result.output, result.sequence - self._stamp.first_sequence) for result in results]
         return [vllm.GenerateResponse(complete=complete).SerializeToString() for complete in completes]
 
     def _result(self, result: types_pb2.Result) -> None:
@@ -250,16 +250,13 @@ class GatewayAnswer:
         stamp = (STAMP_METADATA, self._stamp.SerializeToString())
         self._context.set_trailing_metadata((stamp, *((RECEIPT_METADATA, receipt) for receipt in receipts)))
 
-    def _index(self, sequence: int) -> int:
-        return sequence - self._stamp.first_sequence
-
     async def _chunk(self, run: generation_pb2.TokenRun) -> None:
         chunk = vllm.GenerateStreamChunk(
             token_ids=run.token_ids,
             prompt_tokens=self._prompt_tokens,
             completion_tokens=run.first_token + len(run.token_ids),
             output_logprobs=_logprobs(run.token_ids, run.logprobs),
-            index=self._index(run.sequence),
+            index=run.sequence - self._stamp.first_sequence,
         )
         await self._context.write(vllm.GenerateResponse(chunk=chunk))
 
@@ -356,10 +353,8 @@ class VllmServicer(vllm_grpc.VllmEngineServicer):  # type: ignore[misc]  # the p
                 del self._running[name]
 
     async def _generate(self, request: vllm.GenerateRequest, context: Context) -> None:
-        deadline = time.monotonic() + self._timeout_seconds
         seconds = remaining(context)
-        if seconds is not None:
-            deadline = min(deadline, time.monotonic() + seconds)
+        deadline = time.monotonic() + min(self._timeout_seconds, self._timeout_seconds if seconds is None else seconds)
         ours = self._translated(request, context.peer())
         with self._generation.held.account(stream=request.stream) as account:
             tokens = len(request.tokenized.input_ids)
@@ -392,15 +387,13 @@ class VllmServicer(vllm_grpc.VllmEngineServicer):  # type: ignore[misc]  # the p
         return vllm.AbortResponse()
 
     async def HealthCheck(self, request: vllm.HealthCheckRequest, context: Context) -> vllm.HealthCheckResponse:
-        why = ""
-        if self._pipeline.engine is None:
-            why = "no engine is connected"
-        elif self._pipeline.core.draining:
-            why = "draining"
-        elif self._pipeline.journal.full:
-            why = "the journal is full"
-        elif self._issued.differs(context.peer(), self._tokenizer()):
-            why = RESTART_GATEWAY
+        faults = {
+            "no engine is connected": self._pipeline.engine is None,
+            "draining": self._pipeline.core.draining,
+            "the journal is full": self._pipeline.journal.full,
+            RESTART_GATEWAY: self._issued.differs(context.peer(), self._tokenizer()),
+        }
+        why = next((why for why, found in faults.items() if found), "")
         return vllm.HealthCheckResponse(healthy=not why, message=why or "OK")
 
     async def GetModelInfo(self, request: vllm.GetModelInfoRequest, context: Context) -> vllm.GetModelInfoResponse:
