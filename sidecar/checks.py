@@ -217,9 +217,9 @@ def read_canaries(path: Path | None) -> dict[str, types_pb2.Item]:
     path, canaries = path or DEFAULT_CANARIES, dict[str, types_pb2.Item]()
     try:
         for position, table in enumerate(msgspec.convert(tomllib.loads(path.read_text()), _File).canary):
-            if table.name in canaries:
+            item = _item(position, table)
+            if canaries.setdefault(table.name, item) is not item:
                 raise ValueError(f"{table.name!r} is the name of two canaries")
-            canaries[table.name] = _item(position, table)
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from error
     except (ValueError, msgspec.ValidationError) as error:

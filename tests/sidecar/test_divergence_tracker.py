@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -109,15 +109,16 @@ def test_a_crash_anywhere_changes_no_count(given: list[tuple[str, int]]) -> None
     asyncio.run(live())
 
 
-async def begun(folder: Path) -> Life:
-    life = Life(SqliteKit(folder / "journal.db"))
+@pytest.fixture(name="life")
+async def _life(tmp_path: Path) -> AsyncIterator[Life]:
+    life = Life(SqliteKit(tmp_path / "journal.db"))
     await life.begin()
-    return life
+    yield life
+    await life.journal.close()
 
 
-async def test_a_start_reads_only_new_entries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_start_reads_only_new_entries(life: Life, monkeypatch: pytest.MonkeyPatch) -> None:
     """A start reads only the entries since the checkpoint."""
-    life = await begun(tmp_path)
     for _ in range(3):
         await life.complete(0)
     await life.tracker.save(life.journal)
@@ -135,7 +136,6 @@ async def test_a_start_reads_only_new_entries(tmp_path: Path, monkeypatch: pytes
 
     assert min(asked) == saved + 1
     assert life.tracker.checkpoint.counts == await life.everything()
-    await life.journal.close()
 
 
 @pytest.mark.parametrize(
@@ -150,25 +150,20 @@ async def test_a_start_reads_only_new_entries(tmp_path: Path, monkeypatch: pytes
     ],
     ids=["empty", "garbage", "wrong type", "no object", "newer version", "beyond the head"],
 )
-async def test_an_unusable_checkpoint(tmp_path: Path, kept: bytes) -> None:
+async def test_an_unusable_checkpoint(life: Life, kept: bytes) -> None:
     """With a checkpoint that is damaged, of another version, or ahead of the journal, the journal is counted from its start."""
-    life = await begun(tmp_path)
     for token in (0, 0, 1):
         await life.complete(token)
     await life.journal.append(Note(f"divergence/{WRITER}", kept))
     await life.crash()
 
     assert life.tracker.checkpoint.counts == await life.everything() != Counts()
-    await life.journal.close()
 
 
 @pytest.mark.parametrize("digests_only", [False, True], ids=["full", "digests"])
-async def test_what_is_committed_while_it_is_restored(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, digests_only: bool
-) -> None:
+async def test_what_is_committed_while_it_is_restored(life: Life, monkeypatch: pytest.MonkeyPatch, digests_only: bool) -> None:
     """Entries that are committed before, during and after the restore are each counted once, also if their payloads are dropped
     at once."""
-    life = await begun(tmp_path)
     for _ in range(6):
         await life.complete(0)
     await life.journal.close()
@@ -200,12 +195,10 @@ async def test_what_is_committed_while_it_is_restored(
     assert life.tracker.checkpoint.index == (await life.journal.head()).index
     if not digests_only:
         assert life.tracker.checkpoint.counts == await life.everything()
-    await life.journal.close()
 
 
-async def test_only_own_entries_are_counted(tmp_path: Path) -> None:
+async def test_only_own_entries_are_counted(life: Life) -> None:
     """On a shared log each sidecar counts its own entries."""
-    life = await begun(tmp_path)
     for token in (0, 1):
         await life.complete(token)
     other = DivergenceTracker("another")
@@ -213,24 +206,20 @@ async def test_only_own_entries_are_counted(tmp_path: Path) -> None:
 
     assert other.checkpoint.counts == Counts()
     assert other.checkpoint.index == life.tracker.checkpoint.index
-    await life.journal.close()
 
 
-async def test_what_was_not_compared_is_kept(tmp_path: Path) -> None:
+async def test_what_was_not_compared_is_kept(life: Life) -> None:
     """Second runs without a verdict, which have no entry, are in the checkpoint."""
-    life = await begun(tmp_path)
     for reason in ("busy", "busy", "drained"):
         life.tracker.not_compared(types_pb2.COMPARISON_KIND_AUDIT, reason)
     await life.tracker.save(life.journal)
     await life.crash()
 
     assert life.tracker.checkpoint.counts.not_compared == {"audit": {"busy": 2, "drained": 1}}
-    await life.journal.close()
 
 
-async def test_nothing_changed_is_not_written(tmp_path: Path) -> None:
+async def test_nothing_changed_is_not_written(life: Life) -> None:
     """A second save without a change writes nothing."""
-    life = await begun(tmp_path)
     await life.complete(0)
     await life.tracker.save(life.journal)
     note = await life.journal.notes("divergence/")
@@ -239,12 +228,10 @@ async def test_nothing_changed_is_not_written(tmp_path: Path) -> None:
 
     assert list(note) == [f"divergence/{WRITER}"]
     assert (await life.journal.notes("divergence/")) == {f"divergence/{WRITER}": b"a mark"}
-    await life.journal.close()
 
 
-async def test_a_batch_of_many(tmp_path: Path) -> None:
+async def test_a_batch_of_many(life: Life) -> None:
     """Entries that are committed together are each counted once, twins in the batch included."""
-    life = await begun(tmp_path)
     drafts: list[Admission] = [admission(*(item(1, seed=9) for _ in range(5))) for _ in range(10)]
     batches = await asyncio.gather(*(life.journal.append(draft) for draft in drafts))
     await asyncio.gather(*(life.journal.append(outcome(entry, 0)) for batch in batches for entry in batch.entries))
@@ -252,4 +239,3 @@ async def test_a_batch_of_many(tmp_path: Path) -> None:
     (group,) = life.tracker.checkpoint.counts.groups
     assert (group.sums.matched, group.sums.diverged) == (49, 0)
     assert life.tracker.checkpoint.counts.collision_checks == 50
-    await life.journal.close()

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -30,61 +31,66 @@ HOUR = 3600.0
 
 
 @dataclass
-class Publishing:
-    """A signed journal with a file for a witness."""
+class Log:
+    """A journal that is signed, and what is counted of its witnesses."""
 
+    folder: Path
     journal: Journal
-    file: Path
+    registry: CollectorRegistry
+    observer: Observer
+
+    @asynccontextmanager
+    async def publishing(self, witness: str, **settings: Any) -> AsyncIterator[None]:
+        given = Settings(signing_key=self.folder / "key", witness=witness, **settings)
+        running = asyncio.create_task(Publisher(given, self.journal, self.observer).run())
+        yield
+        assert not running.done()
+        running.cancel()
 
     async def admit(self, count: int) -> None:
         for _ in range(count):
             await self.journal.append(admission(item()))
 
     def heads(self) -> list[int]:
-        """The indexes of the heads that the witness has."""
-        lines = self.file.read_text().splitlines() if self.file.exists() else []
-        return [opened(json.loads(line)).last_index for line in lines]
+        """The indexes of the heads that the witness `heads`, a file, has."""
+        file = self.folder / "heads"
+        return [opened(json.loads(line)).last_index for line in file.read_text().splitlines()] if file.exists() else []
+
+    def count(self, name: str) -> float:
+        return self.registry.get_sample_value(f"ostinato_{name}_total") or 0.0
 
 
-@asynccontextmanager
-async def publishing(folder: Path, *, entries: int, seconds: float) -> AsyncIterator[Publishing]:
-    kit = SqliteKit(folder / "journal.db")
+@pytest.fixture(name="log")
+async def _log(tmp_path: Path) -> AsyncIterator[Log]:
+    kit, registry = SqliteKit(tmp_path / "journal.db"), CollectorRegistry()
     kit.configure(signer=signer_of(new_key()))
-    settings = Settings(
-        signing_key=folder / "key", witness=str(folder / "heads"), witness_entries=entries, witness_seconds=seconds
-    )
     journal = Journal(kit.open()[0], now_millis=kit.clock.now_millis)
-    observer = Observer(Metrics(CollectorRegistry()), lambda kind, reason: None)
-    running = asyncio.create_task(Publisher(settings, journal, observer).run())
-    made = Publishing(journal, folder / "heads")
-    await eventually(lambda: made.heads() == [1], "the first head is published at once")
-    try:
-        yield made
-    finally:
-        running.cancel()
-        await journal.close()
+    yield Log(tmp_path, journal, registry, Observer(Metrics(registry), lambda kind, reason: None))
+    await journal.close()
 
 
-async def test_a_head_goes_out_after_so_many_entries(tmp_path: Path) -> None:
+async def test_a_head_goes_out_after_so_many_entries(log: Log) -> None:
     """Fewer new entries than set wait; with the last of them the newest head goes out, and it alone."""
-    async with publishing(tmp_path, entries=4, seconds=HOUR) as made:
-        await made.admit(3)
+    async with log.publishing(str(log.folder / "heads"), witness_entries=4, witness_seconds=HOUR):
+        await eventually(lambda: log.heads() == [1], "the first head is published at once")
+        await log.admit(3)
         await asyncio.sleep(0.2)
-        assert made.heads() == [1]
-        await made.admit(1)
-        await eventually(lambda: made.heads() == [1, 5], "the head of entry 5 is published")
+        assert log.heads() == [1]
+        await log.admit(1)
+        await eventually(lambda: log.heads() == [1, 5], "the head of entry 5 is published")
 
 
-async def test_a_head_goes_out_after_so_many_seconds(tmp_path: Path) -> None:
+async def test_a_head_goes_out_after_so_many_seconds(log: Log) -> None:
     """A single new entry waits no longer than set; without new entries nothing goes out."""
-    async with publishing(tmp_path, entries=1000, seconds=0.1) as made:
+    async with log.publishing(str(log.folder / "heads"), witness_entries=1000, witness_seconds=0.1):
+        await eventually(lambda: log.heads() == [1], "the first head is published at once")
         await asyncio.sleep(0.3)
-        assert made.heads() == [1]
-        await made.admit(1)
-        await eventually(lambda: made.heads() == [1, 2], "the head of entry 2 is published")
+        assert log.heads() == [1]
+        await log.admit(1)
+        await eventually(lambda: log.heads() == [1, 2], "the head of entry 2 is published")
 
 
-async def test_a_witness_that_talks_nonsense_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_witness_that_talks_nonsense_is_tried_again(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is no answer of HTTP is a failure as any other: it is counted, and the next attempt follows."""
     monkeypatch.setattr("sidecar.witness.RETRY_SECONDS", 0.01)
 
@@ -93,23 +99,15 @@ async def test_a_witness_that_talks_nonsense_is_tried_again(tmp_path: Path, monk
         writer.write(b"\xff\r\n\r\n")
         writer.close()
 
-    kit, registry = SqliteKit(tmp_path / "journal.db"), CollectorRegistry()
-    kit.configure(signer=signer_of(new_key()))
-    journal = Journal(kit.open()[0], now_millis=kit.clock.now_millis)
-    async with await asyncio.start_server(nonsense, "127.0.0.1") as server:
-        witness = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
-        settings = Settings(signing_key=tmp_path / "key", witness=witness)
-        running = asyncio.create_task(
-            Publisher(settings, journal, Observer(Metrics(registry), lambda kind, reason: None)).run()
-        )
-        failures = "ostinato_witness_failures_total"
-        await eventually(lambda: (registry.get_sample_value(failures) or 0) >= 2, "two attempts have failed")
-        assert not running.done()
-        running.cancel()
-    await journal.close()
+    async with await asyncio.start_server(nonsense, "127.0.0.1") as server, log.publishing(url(server)):
+        await eventually(lambda: log.count("witness_failures") >= 2, "two attempts have failed")
 
 
-async def test_a_witness_that_drips_its_answer_holds_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def url(server: asyncio.Server) -> str:
+    return f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
+
+
+async def test_a_witness_that_drips_its_answer_holds_nothing(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
     """An attempt ends at its deadline, with its connection, while the witness goes on sending a header that never ends; none is
     left behind in a thread."""
     monkeypatch.setattr("sidecar.witness.PUBLISH_SECONDS", 0.2)
@@ -128,31 +126,21 @@ async def test_a_witness_that_drips_its_answer_holds_nothing(tmp_path: Path, mon
         writer.close()
         ended[0] += 1
 
-    kit = SqliteKit(tmp_path / "journal.db")
-    kit.configure(signer=signer_of(new_key()))
-    journal = Journal(kit.open()[0], now_millis=kit.clock.now_millis)
     threads = threading.active_count()
     async with await asyncio.start_server(drip, "127.0.0.1") as server:
-        witness = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
-        settings = Settings(signing_key=tmp_path / "key", witness=witness)
-        observer = Observer(Metrics(CollectorRegistry()), lambda kind, reason: None)
-        running = asyncio.create_task(Publisher(settings, journal, observer).run())
-        await eventually(lambda: ended[0] >= 8, "eight attempts have ended")
-        assert began[0] - ended[0] <= 2
-        assert threading.active_count() <= threads + 1, "the journal's own"
-        running.cancel()
+        async with log.publishing(url(server)):
+            await eventually(lambda: ended[0] >= 8, "eight attempts have ended")
+            assert began[0] - ended[0] <= 2
+            assert threading.active_count() <= threads + 1, "the journal's own"
         await eventually(lambda: ended == began, "the last attempt has ended")
-    await journal.close()
 
 
-async def test_overlapping_heads_are_a_fork(tmp_path: Path) -> None:
+async def test_overlapping_heads_are_a_fork(log: Log) -> None:
     """A head that shares an entry with the newest recorded one and is not that one is refused and counted, also with the same
     last entry; a head of later entries is recorded, an earlier one refused as older."""
-    signer, registry = signer_of(new_key()), CollectorRegistry()
-    (tmp_path / "logs").write_text(f"{'f' * 32} {signer.public_pem.splitlines()[1]}\n")
-    kit = SqliteKit(tmp_path / "journal.db")
-    journal = Journal(kit.open()[0], now_millis=kit.clock.now_millis)
-    witness = Witness(tmp_path / "logs", journal, Observer(Metrics(registry), lambda kind, reason: None))
+    signer = signer_of(new_key())
+    (log.folder / "logs").write_text(f"{'f' * 32} {signer.public_pem.splitlines()[1]}\n")
+    witness = Witness(log.folder / "logs", log.journal, log.observer)
 
     def head(first: int, *hashes: bytes) -> types_pb2.SignedHead:
         tree = SignedTree()
@@ -167,9 +155,8 @@ async def test_overlapping_heads_are_a_fork(tmp_path: Path) -> None:
             await witness.record(fork)
     with pytest.raises(errors.InvalidRequest, match=r"head\.last_index"):
         await witness.record(head(3, b"a", b"b"))
-    assert registry.get_sample_value("ostinato_witnessed_forks_total") == len(forks)
+    assert log.count("witnessed_forks") == len(forks)
     assert (await witness.record(head(8, b"d"))).header.index == 3
-    await journal.close()
 
 
 @pytest.mark.parametrize(
@@ -180,13 +167,8 @@ async def test_overlapping_heads_are_a_fork(tmp_path: Path) -> None:
         ("f" * 32 + " MFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAE", "line 2: the key"),
     ],
 )
-async def test_bad_keys_of_logs_are_refused(tmp_path: Path, line: str, why: str) -> None:
+async def test_bad_keys_of_logs_are_refused(log: Log, line: str, why: str) -> None:
     """A line of --witness-keys that is not a log's id and a public key stops the start, and is named."""
-    (tmp_path / "logs").write_text(f"# log key\n{line}\n")
-    kit = SqliteKit(tmp_path / "journal.db")
-    journal = Journal(kit.open()[0], now_millis=kit.clock.now_millis)
-    try:
-        with pytest.raises(StartupError, match=f"--witness-keys: .*{why}"):
-            Witness(tmp_path / "logs", journal, Observer(Metrics(CollectorRegistry()), lambda kind, reason: None))
-    finally:
-        await journal.close()
+    (log.folder / "logs").write_text(f"# log key\n{line}\n")
+    with pytest.raises(StartupError, match=f"--witness-keys: .*{why}"):
+        Witness(log.folder / "logs", log.journal, log.observer)
