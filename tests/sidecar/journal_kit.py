@@ -295,3 +295,12 @@ class Watch:
 def through(line: Proxy, store: PostgresKit) -> str:
     """The store's URL, but by way of the proxy."""
     return re.sub(r"(?<=host=)[^&]*", quote(str(line.folder), safe=""), store.url)
+
+
+FIRST_VERSION: Mapping[type[Kit], LiteralString] = {
+    SqliteKit: """DROP INDEX openings; DROP TABLE heads; DROP TABLE notes; ALTER TABLE items DROP COLUMN verified;
+      ALTER TABLE journal DROP COLUMN lost_sequence; ALTER TABLE journal DROP COLUMN secret; PRAGMA user_version = 1""",
+    PostgresKit: """DROP INDEX openings; DROP TABLE heads; ALTER TABLE log DROP COLUMN secret;
+      UPDATE ostinato SET version = 1""",
+}
+"""What makes the first version of the tables of the newest."""

@@ -25,7 +25,7 @@ from sidecar.journal.store import Store
 from sidecar.journal.transfer import export, take_in
 from sidecar.journal.writer import Journal
 from sidecar.opening import open_for_maintenance
-from tests.sidecar.journal_kit import Kit, PostgresKit, SqliteKit, admission, audit, completed, item, twin
+from tests.sidecar.journal_kit import FIRST_VERSION, Kit, PostgresKit, SqliteKit, admission, audit, completed, item, twin
 
 
 def tamper(kit: Kit, store: Store, statement: str) -> None:
@@ -65,14 +65,6 @@ async def answer(journal: Journal, tenant: str, key: str) -> list[int]:
     return [each.outcome.header.index for each in await journal.batch(tenant, key, binding) if each.outcome]
 
 
-async def test_what_is_sound_is_read(kit: Kit) -> None:
-    """Each key has its own outcomes."""
-    async with filled(kit) as journal:
-        assert (await answer(journal, "a", "k"), await answer(journal, "b", "other")) == ([5, 6], [7])
-        assert len(await journal.entries(1, 99, payloads=True)) == 7
-    assert DAMAGED == []
-
-
 SIGNER = signer_of(new_key())
 
 
@@ -89,8 +81,7 @@ async def test_an_altered_head_is_not_served(kit: Kit, change: str, why: str) ->
     """A signed head that is not what this sidecar's key signed, or of another key, ends the call with RECORD_DAMAGED. Without
     the key only its id is compared."""
     kit.configure(signer=SIGNER)
-    text = f"UPDATE heads SET {change} WHERE last_index = 7".format(hex="x'deadbeef'" if isinstance(kit, SqliteKit) else HEX)
-    async with filled(kit, text) as journal:
+    async with filled(kit, written(kit, f"UPDATE heads SET {change} WHERE last_index = 7")) as journal:
         with pytest.raises(RecordDamaged, match=why):
             await answer(journal, "a", "k")
         if "key_id" not in change:
@@ -141,8 +132,7 @@ async def test_a_deleted_head_among_several_writers(store: PostgresKit) -> None:
 async def test_a_damaged_key_ends_no_other_call(kit: Kit) -> None:
     """A batch whose key's row cannot be read is refused with RECORD_DAMAGED. What is appended together with it is recorded, and
     the journal goes on."""
-    text = "CAST(x'ff' AS TEXT)" if isinstance(kit, SqliteKit) else "'\\xff'::bytea"
-    async with filled(kit, f"UPDATE keys SET tenant = {text} WHERE first_sequence = 1") as journal:
+    async with filled(kit, written(kit, "UPDATE keys SET tenant = {no_text} WHERE first_sequence = 1")) as journal:
         (entry,) = (await journal.append(admission(item(7)))).entries
         bound = admission(item(9), key="k", tenant="a")
         drafts: list[Draft] = [admission(item(8)), bound, completed(entry), admission(key="new")]
@@ -195,7 +185,12 @@ async def test_a_damaged_page(tmp_path: Path) -> None:
     await journal.close()
 
 
-HEX = "'\\xdeadbeef'::bytea"
+def written(kit: Kit, statement: str) -> str:
+    """With bytes as the database writes them."""
+    if isinstance(kit, PostgresKit):
+        zeros = "decode(repeat('00', 32), 'hex')"
+        return statement.format(hex="'\\xdeadbeef'::bytea", no_text="'\\xff'::bytea", name="'zz'::bytea", zeros=zeros)
+    return statement.format(hex="x'deadbeef'", no_text="CAST(x'ff' AS TEXT)", name="'zz'", zeros="zeroblob(32)")
 
 
 @pytest.mark.parametrize(
@@ -212,6 +207,9 @@ HEX = "'\\xdeadbeef'::bytea"
         ("DELETE FROM items WHERE sequence = 2", "bound to sequences 1 to 2, which are no batch"),
         ("UPDATE keys SET count = 1 WHERE first_sequence = 1", "bound to sequences 1 to 1, which are no batch"),
         ("UPDATE keys SET first_sequence = 2 WHERE first_sequence = 1", "bound to sequences 2 to 3, which are no batch"),
+        ("UPDATE keys SET request_digest = {zeros} WHERE key = 'k'", "of another request"),
+        ("DELETE FROM payloads WHERE entry_index = 2", "a payload of sequence 1 is missing"),
+        ("DELETE FROM payloads WHERE entry_index = 5", "a payload of sequence 1 is missing"),
         ("UPDATE payloads SET payload = {hex} WHERE entry_index = 5", "the payload of entry 5 is damaged"),
         ("UPDATE payloads SET payload = {hex} WHERE entry_index = 2", "the payload of entry 2 is damaged"),
         ("UPDATE entries SET header = {hex} WHERE entry_index = 5", "entry 5: its header"),
@@ -227,15 +225,14 @@ HEX = "'\\xdeadbeef'::bytea"
     ],
 )
 async def test_a_damaged_record_is_not_served(kit: Kit, statement: str, why: str) -> None:
-    """A row of an item or a key that names what is not its own, and a payload that was changed, end the call with
-    RECORD_DAMAGED, which is reported; other records are served."""
-    text = statement.format(hex="x'deadbeef'" if isinstance(kit, SqliteKit) else HEX)
-    async with filled(kit, text) as journal:
+    """A row of an item or a key that names what is not its own, and a payload that was changed, or is the only one left of its
+    item, end the call with RECORD_DAMAGED, which is reported; other records are served."""
+    async with filled(kit, written(kit, statement)) as journal:
         with pytest.raises(RecordDamaged, match=why):
             await answer(journal, "a", "k")
         assert len(DAMAGED) == 1
         assert await answer(journal, "b", "other") == [7]
-        if "payloads" in statement or "entries" in statement:
+        if "UPDATE payloads" in statement or "UPDATE entries" in statement:
             with pytest.raises(RecordDamaged, match=why):
                 await journal.entries(1, 99, payloads=True)
 
@@ -246,15 +243,6 @@ async def test_an_entry_that_is_missing(kit: Kit) -> None:
         for first in (1, 5):
             with pytest.raises(RecordDamaged, match="entry 5 is missing|entry 6 is damaged"):
                 await journal.entries(first, 99, payloads=True)
-
-
-@pytest.mark.parametrize("index", [2, 5])
-async def test_one_payload_of_two(kit: Kit, index: int) -> None:
-    """An item of which only one payload is left was not pruned: its record is damaged."""
-    async with filled(kit, f"DELETE FROM payloads WHERE entry_index = {index}") as journal:
-        with pytest.raises(RecordDamaged, match="a payload of sequence 1 is missing"):
-            await answer(journal, "a", "k")
-        assert await answer(journal, "b", "other") == [7]
 
 
 @pytest.mark.parametrize(
@@ -271,8 +259,7 @@ async def test_one_payload_of_two(kit: Kit, index: int) -> None:
 async def test_a_twin_that_is_damaged(kit: Kit, statement: str) -> None:
     """With an entry that is damaged, or that is another item's, nothing is compared; that is reported, and the journal goes
     on."""
-    text = statement.format(hex="x'deadbeef'" if isinstance(kit, SqliteKit) else HEX)
-    async with filled(kit, text) as journal:
+    async with filled(kit, written(kit, statement)) as journal:
         (entry,) = (await journal.append(admission(item(3, seed=3), tenant="b"))).entries
         (ended,) = (await journal.append(completed(entry))).entries
         assert twin(ended) is None
@@ -281,25 +268,16 @@ async def test_a_twin_that_is_damaged(kit: Kit, statement: str) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    ["count = 0", "count = -1", "count = 2147483647", "count = 4097", "first_sequence = 0", "request_digest = {short}"],
+    ["count = 0", "count = -1", "count = 2147483647", "count = 4097", "first_sequence = 0", "request_digest = {hex}"],
 )
 async def test_a_key_that_is_bound_to_no_batch(kit: Kit, change: str) -> None:
     """A key whose row no journal writes is refused at once, however many items it names."""
-    short = "x'00'" if isinstance(kit, SqliteKit) else "'\\x00'"
-    async with filled(kit, f"UPDATE keys SET {change.format(short=short)} WHERE key = 'k'") as journal:
+    async with filled(kit, written(kit, f"UPDATE keys SET {change} WHERE key = 'k'")) as journal:
         with pytest.raises(RecordDamaged, match="table keys"):
             await journal.binding("a", "k")
         with pytest.raises(RecordDamaged, match="table keys"):
             await journal.append(admission(key="k", tenant="a"))
         assert (await journal.append(admission(key="new"))).entries
-
-
-async def test_a_key_with_the_digest_of_another_request(kit: Kit) -> None:
-    """The digest beside a key is compared with the one that its entries have: a damaged one makes no other request of it."""
-    digest = "zeroblob(32)" if isinstance(kit, SqliteKit) else "decode(repeat('00', 32), 'hex')"
-    async with filled(kit, f"UPDATE keys SET request_digest = {digest} WHERE key = 'k'") as journal:
-        with pytest.raises(RecordDamaged, match="of another request"):
-            await answer(journal, "a", "k")
 
 
 async def test_a_key_of_another_tenant(kit: Kit) -> None:
@@ -444,8 +422,8 @@ def test_every_flipped_bit(tmp_path: Path) -> None:
         "UPDATE keys SET unfinished = 0, expires_millis = 5 WHERE first_sequence = 7",
         "UPDATE keys SET expires_millis = 5 WHERE first_sequence = 1",
         "DELETE FROM keys WHERE first_sequence = 1",
-        "{epoch}",
-        "{last}",
+        "epoch",
+        "last",
     ],
 )
 def test_tables_that_contradict_the_entries(kit: Kit, statement: str) -> None:
@@ -454,12 +432,11 @@ def test_tables_that_contradict_the_entries(kit: Kit, statement: str) -> None:
     fill(kit)
     sound = seen(kit)
     shared = isinstance(kit, PostgresKit)
-    values = {
-        "name": "'zz'::bytea" if shared else "'zz'",
-        "epoch": "UPDATE writers SET epoch = 1" if shared else "UPDATE journal SET epoch = 1",
-        "last": "UPDATE log SET last_sequence = 99" if shared else "UPDATE journal SET lost_sequence = 99",
-    }
-    kit.execute(statement.format(**values))
+    if statement == "epoch":
+        statement = "UPDATE writers SET epoch = 1" if shared else "UPDATE journal SET epoch = 1"
+    elif statement == "last":
+        statement = "UPDATE log SET last_sequence = 99" if shared else "UPDATE journal SET lost_sequence = 99"
+    kit.execute(written(kit, statement))
     assert kit.faults()
     with pytest.raises(JournalUnusable, match="python -m sidecar rebuild|has not ended"):
         kit.open()
@@ -470,14 +447,6 @@ def test_tables_that_contradict_the_entries(kit: Kit, statement: str) -> None:
     again = seen(kit)
     assert replace(again, epoch=sound.epoch, unfinished=sound.unfinished) == sound
     assert [sequence for sequence, _ in again.unfinished] == [sequence for sequence, _ in sound.unfinished]
-
-
-FIRST_VERSION = {
-    SqliteKit: """DROP INDEX openings; DROP TABLE heads; DROP TABLE notes; ALTER TABLE items DROP COLUMN verified;
-      ALTER TABLE journal DROP COLUMN lost_sequence; ALTER TABLE journal DROP COLUMN secret; PRAGMA user_version = 1""",
-    PostgresKit: """DROP INDEX openings; DROP TABLE heads; ALTER TABLE log DROP COLUMN secret;
-      UPDATE ostinato SET version = 1""",
-}
 
 
 def test_an_older_version_is_brought_up(kit: Kit) -> None:
@@ -493,24 +462,6 @@ def test_an_older_version_is_brought_up(kit: Kit) -> None:
         assert (store.notes("n"), found.verified, found.unsigned) == ({"name": b"value"}, None, "")
     kit.open()[0].close()
     assert kit.faults() == []
-
-
-@pytest.mark.parametrize("statements", ["DROP INDEX openings; PRAGMA user_version = 6", FIRST_VERSION[SqliteKit]])
-def test_reading_an_older_version(tmp_path: Path, statements: str) -> None:
-    """A journal in a file that is only read, as verify and export do, is read whole and keeps its version: the file stays
-    usable for the older program."""
-    kit = SqliteKit(tmp_path / "journal.db")
-    with kit.opened() as store:
-        store.append_many([admission(item(1), item(2))], 1)
-    kit.execute(statements)
-    version, tables = kit.execute("PRAGMA user_version"), kit.execute("SELECT name, sql FROM sqlite_schema ORDER BY name")
-
-    assert kit.faults() == []
-    with closing(open_for_maintenance(kit.location, reading=True)) as kept:
-        assert (log := kept.log()) is not None
-        assert (log.index, len(list(export(kept))), kept.structure()) == (3, 4, "")
-    assert kit.execute("PRAGMA user_version") == version
-    assert kit.execute("SELECT name, sql FROM sqlite_schema ORDER BY name") == tables
 
 
 def test_maintaining_a_database_of_an_older_version(store: PostgresKit) -> None:
