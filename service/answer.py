@@ -10,6 +10,7 @@ from typing import Protocol
 from ostinato.v1 import engine_pb2, types_pb2
 
 NO_REASON = types_pb2.FINISH_REASON_UNSPECIFIED
+_Decoder = codecs.getincrementaldecoder("utf-8")
 _BY_TOKEN = (types_pb2.FINISH_REASON_END_OF_SEQUENCE, types_pb2.FINISH_REASON_STOP_TOKEN)
 """The last token ended the answer."""
 
@@ -55,7 +56,7 @@ class Answer:
         self._stop_ids = frozenset(parameters.stop_token_ids)
         self._min, self._max = parameters.min_new_tokens, parameters.max_new_tokens
         self._stops = StopStrings(parameters.stop) if parameters.stop else None
-        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        self._decode = _Decoder("replace").decode
         self._ids: list[int] = []
         self._logprobs: list[types_pb2.TokenLogprobs] = []
         self._text: list[str] = []
@@ -100,15 +101,12 @@ class Answer:
             first_token=first, token_ids=self._ids[first:], text="".join(self._text[first:]), logprobs=self._logprobs[first:]
         )
 
-    def output(
-        self, *, seed: int, engine_seed: int, prompt_tokens: int, logprob_kind: types_pb2.LogprobKind.ValueType
-    ) -> types_pb2.Output:
-        """The output of a complete answer. Its grade is not set."""
+    def put_into(self, output: types_pb2.Output) -> None:
+        """What is known here of a complete answer."""
         assert self.complete, "only a complete answer has an output"
-        return types_pb2.Output(
-            text="".join(self._text), token_ids=self._ids, finish_reason=self._reason, matched_stop=self._matched, seed=seed,
-            engine_seed=engine_seed, prompt_tokens=prompt_tokens, logprobs=self._logprobs, logprob_kind=logprob_kind,
-        )  # fmt: skip
+        output.text, output.finish_reason, output.matched_stop = "".join(self._text), self._reason, self._matched
+        output.token_ids.extend(self._ids)
+        output.logprobs.extend(self._logprobs)
 
     def _reason_of(self, token_id: int) -> types_pb2.FinishReason.ValueType:
         """Why the answer ends at this token, stop strings aside."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 from prometheus_client.registry import Collector
@@ -35,7 +36,7 @@ class Metrics:
 
         self.running = gauge("engine_runs_in_flight", "Runs that the engine works on.")
         self.queued = gauge("engine_runs_queued", "Runs that wait for the engine.")
-        self.ended = counter("engine_runs", "Runs that ended, by purpose and how.", "purpose", "end")
+        self.ended = cache(counter("engine_runs", "Runs that ended, by purpose and how.", "purpose", "end").labels)
         self.prompt_tokens = counter("engine_prompt_tokens", "Tokens of the prompts of runs that started.")
         self.cached_tokens = counter(
             "engine_cached_prompt_tokens", "Prompt tokens of runs that finished which came from the prefix cache."
@@ -148,7 +149,7 @@ class RunStatistics:
         self._waiting.dec()
         purpose = self._submit.purpose
         name = enums.word(engine_pb2.Purpose, purpose).lower() if purpose else "self_test"
-        self._metrics.ended.labels(name, how).inc()
+        self._metrics.ended(name, how).inc()
         self._engine_span.end(error)
         self._run.end(error)
 

@@ -21,6 +21,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import TypeVar
 
+from ostinato.digest import by_content
 from ostinato.errors import Cancelled, Internal, InvalidRequest, OstinatoError, QueueFull, Violation, invalid, to_status
 from ostinato.v1 import engine_pb2, generation_pb2, types_pb2
 
@@ -74,7 +75,9 @@ class Preparer:
         self.text_bytes_max = min(limits.prompt_bytes_max, limits.context_tokens * (most or limits.prompt_bytes_max))
         # The operator may have lowered new_tokens_max since the run was recorded. The context is what the engine can hold.
         engine_limits = replace(limits, new_tokens_max=limits.context_tokens - 1)
-        self._submit_bounds = ParameterBounds(engine_limits, vocabulary.size, parses)
+        self._submit_bounds = bounds = ParameterBounds(engine_limits, vocabulary.size, parses)
+        judged = by_content(types_pb2.ResolvedParameters)
+        self._submit_violations = judged(lambda given: list(bounds.violations(given, "parameters")))
 
     def prepare(self, request: engine_pb2.PrepareRequest, wanted: Wanted = always) -> engine_pb2.PrepareResponse:
         """Raises InvalidRequest with everything that is wrong, each by its path; Cancelled when it is not wanted any more."""
@@ -109,7 +112,7 @@ class Preparer:
         highest = max(submit.token_ids)
         if highest >= self.vocabulary.size:
             found.append(Violation("token_ids", f"{highest} is not below the vocabulary's {self.vocabulary.size}"))
-        found += self._submit_bounds.violations(submit.parameters, "parameters")
+        found += self._submit_violations(submit.parameters)
         if not found:
             conflicts = self._submit_bounds.conflicts(submit.parameters, len(submit.token_ids))
             found += [Violation(f"parameters.{name}", text) for name, text in conflicts]

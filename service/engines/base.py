@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
+import msgspec
 from prometheus_client import Metric
 
 from ostinato.errors import EngineFailed, OstinatoError, to_status
@@ -77,8 +77,7 @@ class Vocabulary(TokenTable, Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
+class Run(msgspec.Struct, frozen=True):
     """One run, as given to an engine."""
 
     run_id: int
@@ -109,11 +108,12 @@ class Run:
     ) -> engine_pb2.RunEvent:
         """Of a complete answer. `engine_seed`: the seed as the engine folds it; `cached_tokens`: prompt tokens that were not
         computed."""
-        output = self.answer.output(
-            seed=self.seed, engine_seed=engine_seed, prompt_tokens=len(self.token_ids), logprob_kind=logprob_kind
-        )
-        output.cached_tokens = cached_tokens
-        return engine_pb2.RunEvent(run_id=self.run_id, finished=engine_pb2.Finished(output=output))
+        event = engine_pb2.RunEvent(run_id=self.run_id)
+        output = event.finished.output
+        self.answer.put_into(output)
+        output.seed, output.engine_seed, output.prompt_tokens = self.seed, engine_seed, len(self.token_ids)
+        output.logprob_kind, output.cached_tokens = logprob_kind, cached_tokens
+        return event
 
     def failed(self, error: Exception | str) -> engine_pb2.RunEvent:
         """What is not an OstinatoError is an ENGINE_FAILED."""

@@ -22,14 +22,16 @@ from bisect import bisect_left, bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from hashlib import sha256
 from itertools import accumulate
+from struct import Struct
 from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
+from msgspec.structs import replace
 from prometheus_client import Metric
 
 from ostinato.digest import f64, ids, text, u64
@@ -221,6 +223,7 @@ ANSWER_TOKENS_MIN = 8
 """No answer ends by itself before, so that a rule for an early token always takes effect."""
 _BLOCK = 16
 """Positions per SHA-256, two bytes each."""
+_DRAWN = Struct(f">{_BLOCK}H")
 
 
 class Tokens:
@@ -240,7 +243,7 @@ class Tokens:
         draw = b"".join(map(f64, (given.temperature, given.top_p, given.min_p))) + u64(given.top_k) + u64(run.seed)
         self._draw_key = sha256(self._model_key + draw).digest()
         self._block = -1
-        self._model_bytes = self._draw_bytes = b""
+        self._ranking_bytes, self._drawn = b"", tuple[int, ...]()
 
     def token(self, index: int, *, other: bool = False) -> tuple[int, types_pb2.TokenLogprobs | None]:
         """Token `index` and its logprobs, if wanted. `other`: take the next rank instead."""
@@ -249,11 +252,10 @@ class Tokens:
         block, place = divmod(index, _BLOCK)
         if block != self._block:
             self._block = block
-            self._model_bytes = sha256(self._model_key + u64(block)).digest()
-            self._draw_bytes = sha256(self._draw_key + u64(block)).digest()
-        first, second = self._model_bytes[2 * place : 2 * place + 2]
-        drawn = int.from_bytes(self._draw_bytes[2 * place : 2 * place + 2])
-        rank = bisect_right(_DRAWS, drawn) % self._choices + other
+            self._ranking_bytes = sha256(self._model_key + u64(block)).digest()
+            self._drawn = _DRAWN.unpack(sha256(self._draw_key + u64(block)).digest())
+        first, second = self._ranking_bytes[2 * place], self._ranking_bytes[2 * place + 1]
+        rank = bisect_right(_DRAWS, self._drawn[place]) % self._choices + other
         banned = self._banned if index >= self._end_free else self._banned_early
         if index < self._stop_free:
             banned = self._banned_at_first

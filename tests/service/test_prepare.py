@@ -369,8 +369,10 @@ def test_result_is_never_larger_than_promised(tokens: list[int], logprobs: int |
         if answer.accept(token, None if logprobs is None else types_pb2.TokenLogprobs(logprob=-1.5, top=top)):
             break
     big = 2**64 - 1
-    output = answer.output(seed=big, engine_seed=big, prompt_tokens=2**32 - 1, logprob_kind=types_pb2.LOGPROB_KIND_RAW)
-    result = types_pb2.Result(output=output, receipt=biggest_receipt(), sequence=big, attempt=2**32 - 1)
+    kind, result = types_pb2.LOGPROB_KIND_RAW, types_pb2.Result(receipt=biggest_receipt(), sequence=big, attempt=2**32 - 1)
+    output = types_pb2.Output(seed=big, engine_seed=big, prompt_tokens=2**32 - 1, logprob_kind=kind)
+    answer.put_into(output)
+    result.output.CopyFrom(output)
 
     assert result.ByteSize() <= result_bytes(parameters, Lexicon(vocabulary).text_bytes_max, vocabulary.size)
 
