@@ -14,7 +14,7 @@ from service import engines
 from service.bounds import Limits
 from service.engines.base import EngineUnusable
 from service.engines.llama import KV_TYPES, RUNS_MAX, THREADS_MAX, UBATCH_MAX, LlamaOptions
-from service.engines.turbomind.options import (
+from service.engines.turbomind import (
     FORMATS,
     SHORT_CONTEXT,
     SPLIT_WORKSPACE,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from service.engines.base import Engine
 from service.engines.llama import LlamaOptions
-from service.engines.turbomind.options import TurbomindOptions
+from service.engines.turbomind import TurbomindOptions
 
 if TYPE_CHECKING:
     from service.config import Settings

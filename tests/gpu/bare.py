@@ -23,7 +23,7 @@ from ostinato.v1 import types_pb2
 from serving.settings import read
 
 from service.config import Settings
-from service.engines.turbomind.options import BLOCK_TOKENS, TurbomindOptions
+from service.engines.turbomind import BLOCK_TOKENS, TurbomindOptions
 from tests.gpu.fronts import Answers
 from tests.gpu.plan import Plan, names, numbers
 from tests.gpu.speed import measure

@@ -21,9 +21,8 @@ from typing import Any
 
 from ostinato.v1 import types_pb2
 
-from service.engines.turbomind import exactness, host, probe
+from service.engines.turbomind import PIECE_TOKENS, TurbomindOptions, exactness, host, probe
 from service.engines.turbomind.engine import load
-from service.engines.turbomind.options import PIECE_TOKENS, TurbomindOptions
 from service.engines.turbomind.overrides import Mode, Overrides
 from tests.gpu import shapes
 from tests.gpu.plan import Plan

@@ -19,6 +19,7 @@ from ostinato.v1 import engine_pb2, types_pb2
 
 from service.engines.grammars import Checker
 from service.engines.scripted import END
+from service.engines.turbomind import PIECE_TOKENS, TurbomindOptions
 from service.engines.turbomind.batching import (
     PAGE_BYTES,
     Batching,
@@ -29,7 +30,6 @@ from service.engines.turbomind.batching import (
 from service.engines.turbomind.grammars import Formats
 from service.engines.turbomind.metrics import Meter
 from service.engines.turbomind.native import FINISHED, Native
-from service.engines.turbomind.options import PIECE_TOKENS, TurbomindOptions
 from tests.service.turbomind_kit import CANCELLED, MODEL, VOCABULARY, FakeHandle, FakeNative, run_of
 
 

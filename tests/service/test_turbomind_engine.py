@@ -19,13 +19,13 @@ from ostinato.v1 import types_pb2
 from serving.metrics import registry
 
 from service.description import HeldGrade
+from service.engines.turbomind import TurbomindOptions
 from service.engines.turbomind import engine as engine_module
 from service.engines.turbomind.engine import TurbomindEngine
 from service.engines.turbomind.exactness import Exactness
 from service.engines.turbomind.grammars import Formats
 from service.engines.turbomind.model import HuggingFaceVocabulary
 from service.engines.turbomind.native import FINISHED, RUNNING, Native
-from service.engines.turbomind.options import TurbomindOptions
 from service.engines.turbomind.overrides import Overrides
 from service.engines.turbomind.request import Request
 from service.grade import self_test

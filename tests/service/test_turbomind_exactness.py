@@ -20,11 +20,10 @@ from service.__main__ import calibrate as calibrate_command
 from service.config import Settings
 from service.engines import load
 from service.engines.base import EngineUnusable
-from service.engines.turbomind import TurbomindOptions, engine, host, kernels, model, probe
+from service.engines.turbomind import BLOCK_TOKENS, PIECE_TOKENS, TurbomindOptions, engine, host, kernels, model, probe
 from service.engines.turbomind.exactness import Exactness
 from service.engines.turbomind.kernels import Manifest, Permit, Product
 from service.engines.turbomind.native import Native
-from service.engines.turbomind.options import BLOCK_TOKENS, PIECE_TOKENS
 from service.engines.turbomind.overrides import Mode, NoOverrides, Overrides, Shape
 from service.engines.turbomind.probe import KernelProof
 from tests.service.turbomind_kit import CONFIG, GPU, HEAD, LAYER, TAIL, FakeOverrides, folder, not_installed, without

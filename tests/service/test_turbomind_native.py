@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from service.engines.base import EngineUnusable
+from service.engines.turbomind import PIECES_TOKENS, STEP_CONTEXT_TOKENS, TurbomindOptions
 from service.engines.turbomind import native as native_module
 from service.engines.turbomind.model import Model
 from service.engines.turbomind.native import Account, Load, Native, Progress, import_lmdeploy
-from service.engines.turbomind.options import PIECES_TOKENS, STEP_CONTEXT_TOKENS, TurbomindOptions
 from service.engines.turbomind.probe import first_run
 from service.engines.turbomind.request import Request
 from tests.service.turbomind_kit import MODEL

@@ -196,7 +196,7 @@ def serve(*algorithms):
 
 def attempt(shape, n, candidate, times=1, stride=0, copies=1):
     b, c = buffers(n)
-    matrices = Matrices(b.buffer_info()[0], b.buffer_info()[0], c.buffer_info()[0], 0, stride, copies)
+    matrices = Matrices(b.buffer_info()[0], stride, copies, b.buffer_info()[0], c.buffer_info()[0], 0)
     return overrides.attempt(shape, n, candidate, matrices, times), [list(c[j * M : (j + 1) * M]) for j in range(n)]
 
 def measure(shape, n_max):

@@ -9,11 +9,10 @@ from typing import Any, cast
 
 import pytest
 
-from service.engines.turbomind import TurbomindOptions, engine, probe
+from service.engines.turbomind import PIECE_TOKENS, TurbomindOptions, engine, probe
 from service.engines.turbomind.exactness import Exactness
 from service.engines.turbomind.kernels import Product
 from service.engines.turbomind.native import FINISHED, Native
-from service.engines.turbomind.options import PIECE_TOKENS
 from service.engines.turbomind.overrides import Counters, Overrides, Resume
 from service.engines.turbomind.probe import KernelProof, prove_kernels, prove_pieces, prove_prefix_cache
 from service.engines.turbomind.request import Request

@@ -23,11 +23,11 @@ from ostinato.errors import EngineFailed, OstinatoError
 from ostinato.v1 import types_pb2
 
 from service.engines.base import Events, Run
+from service.engines.turbomind import BLOCK_TOKENS, PIECE_TOKENS, TurbomindOptions
 from service.engines.turbomind.grammars import Formats
 from service.engines.turbomind.metrics import Meter
 from service.engines.turbomind.model import Model
 from service.engines.turbomind.native import FINISHED, RUNNING, Handle, Native, Progress, why
-from service.engines.turbomind.options import BLOCK_TOKENS, PIECE_TOKENS, TurbomindOptions
 from service.engines.turbomind.request import Request, request_of, token_logprobs
 
 PAGE_BYTES, SLAB_BYTES_MAX = 32 << 20, 1 << 30

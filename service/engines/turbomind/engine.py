@@ -21,14 +21,13 @@ from ostinato.v1 import engine_pb2, types_pb2
 from serving.program import FAILED
 
 from service.engines.base import EngineUnusable, Events, Run
-from service.engines.turbomind import host, model, probe
+from service.engines.turbomind import BLOCK_TOKENS, PIECE_TOKENS, TOP_K_MAX, TurbomindOptions, host, model, probe
 from service.engines.turbomind.batching import Batching, block_bytes, blocks_needed, blocks_promised
 from service.engines.turbomind.exactness import Exactness
 from service.engines.turbomind.grammars import Formats, checker, grammar_compiler
 from service.engines.turbomind.metrics import Meter
 from service.engines.turbomind.model import HuggingFaceVocabulary
 from service.engines.turbomind.native import Native, import_lmdeploy
-from service.engines.turbomind.options import BLOCK_TOKENS, PIECE_TOKENS, TOP_K_MAX, TurbomindOptions
 from service.engines.turbomind.overrides import TOP_K_BUCKET
 from service.engines.turbomind.request import RULES
 

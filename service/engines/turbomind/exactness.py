@@ -13,13 +13,13 @@ from pathlib import Path
 
 from ostinato.v1 import types_pb2
 
-from service.engines.turbomind import host, kernels, probe
-from service.engines.turbomind.kernels import Manifest, Permit, Product
+from service.engines.turbomind import TurbomindOptions, host, kernels, probe
+from service.engines.turbomind.kernels import Manifest, Permit
 from service.engines.turbomind.model import Model
 from service.engines.turbomind.native import Native
-from service.engines.turbomind.options import TurbomindOptions
 from service.engines.turbomind.overrides import LOOKUP, PIECE, REQUIRED, Mode, NoOverrides, Overrides, Shape, build
 from service.engines.turbomind.overrides import digest as overrides_digest
+from service.engines.turbomind.probe import KernelProof
 
 HEADS = ("product", "type", "algorithms", "tokens")
 TYPES = {0: "fp32", 2: "fp16", 14: "bf16"}
@@ -122,29 +122,26 @@ class Exactness:
         if overrides is None or environment is None:
             return
         calls = overrides.counters.calls
-        unreached = [name for name in REQUIRED if not calls[name]]
-        if unreached:
-            self._miss(f"TurboMind does not reach the override {unreached[0]}")
-            overrides.mode(Mode.SERVE)
-            return
-        if why := probe.prove_pieces(native, overrides, self.options):
-            self._miss(why)
-        if PIECE in overrides.omitted:
-            self._miss("prompts are cut where others leave off")
-        shapes = overrides.shapes()
-        kept = self._kept if self._kept is not None and self._kept.permits.keys() >= shapes.keys() else None
         try:
+            if unreached := [name for name in REQUIRED if not calls[name]]:
+                raise NoOverrides(f"TurboMind does not reach the override {unreached[0]}")
+            if why := probe.prove_pieces(native, overrides, self.options):
+                self._miss(why)
+            if PIECE in overrides.omitted:
+                self._miss("prompts are cut where others leave off")
+            shapes = overrides.shapes()
+            kept = self._kept if self._kept is not None and self._kept.permits.keys() >= shapes.keys() else None
             permits = kept.permits if kept is not None else self._measured(overrides, shapes)
             if bare := shapes.keys() - permits.keys():
                 self._miss(f"nothing rounds alike in the product {min(bare).m}x{min(bare).k}")
             if uncovered := kernels.install(overrides, permits, self.options.runs):
                 self._miss(uncovered)
             overrides.mode(Mode.SERVE)
-            own, excluded = self._own(native, overrides, kept)
+            own = self._own(native, overrides, kept)
             self.manifest = kept
             if kept is None:
                 table = _sha256(self._table) if self._own_kernels else ""
-                self.manifest = Manifest(environment, permits, table, own, excluded)
+                self.manifest = Manifest(environment, permits, table, own.permitted, own.excluded)
                 kernels.save(self.path, self.manifest)
         except (NoOverrides, OSError, ValueError) as error:
             self._miss(str(error))
@@ -159,29 +156,30 @@ class Exactness:
         self.origin = f"made now: {self.origin}"
         return kernels.measure(overrides, {shape: max(most, rows) for shape, rows in shapes.items()})
 
-    def _own(
-        self, native: Native, overrides: Overrides, kept: Manifest | None
-    ) -> tuple[Mapping[Product, tuple[int, ...]], tuple[str, ...]]:
-        """Of TurboMind's own kernels, those that serve from now on, and the others in words. Raises EngineUnusable,
-        NoOverrides, OSError and ValueError."""
+    def _own(self, native: Native, overrides: Overrides, kept: Manifest | None) -> KernelProof:
+        """Of TurboMind's own kernels, those that serve from now on, and the others. Raises EngineUnusable, NoOverrides, OSError
+        and ValueError."""
         if not self._own_kernels:
-            return {}, ()
+            return KernelProof({}, (), ())
         if LOOKUP in overrides.omitted:
             self._miss("TurboMind's own kernels are not pinned: it picks them by timing at every start")
-            return {}, ()
-        own, excluded = self._proved(native, overrides) if kept is None else (kept.own, kept.excluded)
-        if kept is not None:
-            overrides.kernels({product.numbers: rows for product, rows in own.items()})
+            return KernelProof({}, (), ())
+        if kept is None:
+            proof = self._proved(native, overrides)
+        else:
+            proof = KernelProof(kept.own, kept.excluded, ())
+            overrides.kernels({product.numbers: rows for product, rows in kept.own.items()})
             before = overrides.counters.pinned
             probe.first_run(native, self.options.context_tokens)
-            if own and overrides.counters.pinned == before:
+            if kept.own and overrides.counters.pinned == before:
                 self._miss(f"TurboMind does not serve with the kernels of {self._table.name}")
-        if not own:
-            why = f"none rounds alike whatever else runs: {'; '.join(excluded)[:300]}" if excluded else "its table has none"
+        if not proof.permitted:
+            others = "; ".join(proof.excluded)[:300]
+            why = f"none rounds alike whatever else runs: {others}" if others else "its table has none"
             self._miss(f"of TurboMind's own kernels {why}")
-        return own, excluded
+        return proof
 
-    def _proved(self, native: Native, overrides: Overrides) -> tuple[Mapping[Product, tuple[int, ...]], tuple[str, ...]]:
+    def _proved(self, native: Native, overrides: Overrides) -> KernelProof:
         """Raises as `_own` does."""
         try:
             tuned = kernels.own_kernels(self._table.read_bytes())
@@ -195,7 +193,7 @@ class Exactness:
                 "excluded": proof.excluded, "classes": proof.classes, "tuned": [list(rows) for rows in tuned.values()],
             },
         )  # fmt: skip
-        return proof.permitted, proof.excluded
+        return proof
 
     @property
     def ceiling(self) -> tuple[types_pb2.Grade.ValueType, str]:

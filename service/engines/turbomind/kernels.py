@@ -308,10 +308,9 @@ class Trials:
         period = torch.randn(PERIOD, shape.ldb, generator=random, device="cuda", dtype=b_type)
         self._b = period.repeat(-(-self.rows // PERIOD), 1)
         self._c = torch.empty(self.rows, shape.ldc, dtype=c_type, device="cuda")
-        self._matrices = Matrices(
-            self._a.data_ptr(), self._b.data_ptr(), self._c.data_ptr(), torch.cuda.current_stream().cuda_stream,
-            weights * a_type.itemsize, copies,
-        )  # fmt: skip
+        stream = torch.cuda.current_stream().cuda_stream
+        bc = self._b.data_ptr(), self._c.data_ptr()
+        self._matrices = Matrices(self._a.data_ptr(), weights * a_type.itemsize, copies, *bc, stream)
 
     def offered(self, n: int) -> Iterator[Trial]:
         """The candidates that cublasLt offers for n tokens."""

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from service.engines.base import EngineUnusable
+from service.engines.turbomind import BLOCK_TOKENS, TurbomindOptions
 from service.engines.turbomind.host import module
 from service.engines.turbomind.model import Model
-from service.engines.turbomind.options import BLOCK_TOKENS, TurbomindOptions
 from service.engines.turbomind.request import Request
 
 BESIDE_NEW = 2

@@ -13,7 +13,7 @@ from ctypes import POINTER, c_char_p, c_int, c_int32, c_size_t, c_uint64, c_void
 from dataclasses import dataclass, fields
 from enum import IntEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from serving import files
 
@@ -118,17 +118,16 @@ class Candidate:
     """cublasLt's own form of it, for the same version."""
 
 
-@dataclass(frozen=True, slots=True)
-class Matrices:
-    """Device pointers of a product, and its stream."""
+class Matrices(NamedTuple):
+    """Device pointers of a product, and its stream, as ost_try takes them."""
 
     a: int
     """The weights. `copies` of them, `stride_bytes` apart, are used in turn."""
+    stride_bytes: int
+    copies: int
     b: int
     c: int
     stream: int
-    stride_bytes: int = 0
-    copies: int = 1
 
 
 class _Shape(ctypes.Structure):
@@ -297,10 +296,7 @@ class Overrides:
 
     def attempt(self, shape: Shape, n: int, candidate: Candidate, matrices: Matrices, times: int = 1) -> bool:
         """Queues a product `times`. False: the candidate cannot run it."""
-        m = matrices
-        return not self._library.ost_try(
-            _native(shape), n, candidate.code, times, m.a, m.stride_bytes, m.copies, m.b, m.c, m.stream
-        )
+        return not self._library.ost_try(_native(shape), n, candidate.code, times, *matrices)
 
     def permit(self, shape: Shape, algorithms: Sequence[int]) -> None:
         """Raises NoOverrides if there are too many shapes or algorithms."""

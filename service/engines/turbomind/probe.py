@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from ostinato.v1 import types_pb2
 
 from service.engines.base import EngineUnusable
+from service.engines.turbomind import BLOCK_TOKENS, PIECE_TOKENS, PIECES_TOKENS, TurbomindOptions
 from service.engines.turbomind.kernels import Product, alike
 from service.engines.turbomind.native import FINISHED, RUNNING, Handle, Native, why
-from service.engines.turbomind.options import BLOCK_TOKENS, PIECE_TOKENS, PIECES_TOKENS, TurbomindOptions
 from service.engines.turbomind.overrides import PIECE, RESUME, Overrides, Resume
 from service.engines.turbomind.request import request_of
 
