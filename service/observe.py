@@ -75,7 +75,7 @@ OPERATION, PREPARE = "text_completion", "ostinato.v1.Engine/Prepare"
 
 def prepare_span(traceparent: str) -> tracing.Span:
     """The span of a preparation over the stream, as if it were a call."""
-    if not tracing.on():
+    if tracing.tracer is None:
         return OFF
     attributes = {"rpc.system.name": "grpc", "rpc.method": PREPARE}
     return tracing.span(PREPARE, attributes, "SERVER", _parent(traceparent))
@@ -97,7 +97,7 @@ class RunStatistics:
         """The gauge that counts it now."""
         self._waiting.inc()
         self._run = self._engine_span = OFF
-        if tracing.on() and submit.purpose:
+        if tracing.tracer is not None and submit.purpose:
             attributes: dict[str, tracing.Value] = {
                 "ostinato.purpose": enums.word(engine_pb2.Purpose, submit.purpose),
                 "ostinato.sequence": submit.sequence,
@@ -113,7 +113,7 @@ class RunStatistics:
         metrics.running.inc()
         metrics.queue_seconds.observe(now - self._submitted_at)
         metrics.prompt_tokens.inc(len(self._submit.token_ids))
-        if self._run:
+        if self._run is not OFF:
             self._engine_span = self._run.child(f"{OPERATION} {self._engine.model_name}", self._request())
 
     def tokens(self, count: int, now: float) -> None:
@@ -133,7 +133,7 @@ class RunStatistics:
         self._metrics.new_tokens.inc(len(output.token_ids) - self._reported_tokens)
         self._metrics.cached_tokens.inc(output.cached_tokens)
         self._metrics.run_seconds.observe(now - self._submitted_at)
-        if self._run:
+        if self._run is not OFF:
             reason = enums.word(types_pb2.FinishReason, output.finish_reason).lower()
             self._engine_span.note(
                 {"gen_ai.response.finish_reasons": [reason], "gen_ai.usage.output_tokens": len(output.token_ids)}

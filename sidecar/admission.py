@@ -37,24 +37,21 @@ def check_key(key: str) -> None:
 
 def check(request: generation_pb2.GenerateRequest, settings: Settings) -> None:
     """What can be checked without an engine. Raises InvalidRequest with every bad field."""
-    violations = list(_violations(request, settings))
-    if violations:
-        raise errors.InvalidRequest(violations=violations)
-
-
-def _violations(request: generation_pb2.GenerateRequest, settings: Settings) -> Iterable[Violation]:
+    found = list[Violation]()
     if not request.items:
-        yield Violation("items", "is empty")
+        found.append(Violation("items", "is empty"))
     elif len(request.items) > settings.batch_items_max:
-        yield Violation("items", f"has {len(request.items)} items, at most {settings.batch_items_max} are allowed")
+        found.append(Violation("items", f"has {len(request.items)} items, at most {settings.batch_items_max} are allowed"))
     for field, most in (("idempotency_key", settings.idempotency_key_bytes_max), ("request_id", settings.request_id_bytes_max)):
         size = len(getattr(request, field).encode())
         if size > most:
-            yield Violation(field, f"has {size} bytes, at most {most} are allowed")
+            found.append(Violation(field, f"has {size} bytes, at most {most} are allowed"))
         if NUL in getattr(request, field):
-            yield Violation(field, HAS_NUL)
+            found.append(Violation(field, HAS_NUL))
     if request.required_grade not in GRADES:
-        yield Violation("required_grade", f"{request.required_grade} is no grade")
+        found.append(Violation("required_grade", f"{request.required_grade} is no grade"))
+    if found:
+        raise errors.InvalidRequest(violations=found)
 
 
 def response_bytes_max(metadata: Iterable[tuple[str, str | bytes]], settings: Settings) -> int:

@@ -79,7 +79,8 @@ class Account:
         if self.error is not None or self._closed:
             return
         self.waiting += count
-        self._held.change(self._tenant, count)
+        self._tenant.bytes += count
+        self._held.bytes += count
         if count > 0:
             if self.waiting > self._max:
                 self.lose("call", self._max)
@@ -141,28 +142,24 @@ class Held:
 
     def writing(self, count: int) -> Callable[..., None]:
         """See handlers.Unwritten."""
-        tenant = self._tenant()
-
-        def more(held: int) -> None:
-            tenant.writing += held
-            self._writing += held
-            self.change(tenant, held)
+        tenant, held = self._tenant(), COPIES * count
+        self._write(tenant, held)
 
         def done(_: object = None) -> None:
-            more(-COPIES * count)
+            self._write(tenant, -held)
             self.tidy(tenant)
 
-        more(COPIES * count)
         return done
+
+    def _write(self, tenant: _Tenant, count: int) -> None:
+        tenant.writing += count
+        tenant.bytes += count
+        self._writing += count
+        self.bytes += count
 
     def late(self) -> None:
         """See handlers.Unwritten."""
         self.on_lost("time")
-
-    def change(self, tenant: _Tenant, count: int) -> None:
-        """This tenant holds more, or less."""
-        self.bytes += count
-        tenant.bytes += count
 
     def settle(self, tenant: _Tenant) -> None:
         """Lose calls until the bounds hold, or nothing waits (2, 3)."""

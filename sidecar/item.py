@@ -169,16 +169,12 @@ class ActiveItem:
 
     def _put_timing(self, timing: types_pb2.Timing, now: float) -> None:
         if self.submitted_at is not None:
-            timing.queue_micros = _micros(self.submitted_at - self.admitted_at)
+            timing.queue_micros = round(1e6 * (self.submitted_at - self.admitted_at))
         if self.first_token_at is not None:
-            timing.first_token_micros = _micros(self.first_token_at - self.admitted_at)
-        timing.total_micros = _micros(now - self.admitted_at)
+            timing.first_token_micros = round(1e6 * (self.first_token_at - self.admitted_at))
+        timing.total_micros = round(1e6 * (now - self.admitted_at))
         if self.output is not None:
             timing.cached_tokens = self.output.cached_tokens
-
-
-def _micros(seconds: float) -> int:
-    return max(0, round(seconds * 1e6))
 
 
 def kv_tokens(payload: sequencer_pb2.AdmittedPayload) -> int:

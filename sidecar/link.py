@@ -240,7 +240,7 @@ class EngineLink:
         """Sends a short request (see `is_short`) over the stream. See `Preparing.ask`."""
         answer = self._preparing.ask(request, timeout)
         self._coalescer.add()
-        if tracing.on():
+        if tracing.tracer is not None:
             span = tracing.call(PREPARE)
             request.traceparent = span.traceparent
             answer.add_done_callback(lambda done: span.end(asyncio.CancelledError() if done.cancelled() else done.exception()))

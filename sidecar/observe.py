@@ -113,12 +113,12 @@ class Observer:
 
     def asked(self, request: generation_pb2.GenerateRequest) -> None:
         """In the span of its call."""
-        if tracing.on():
+        if tracing.tracer is not None:
             tracing.current().note({"ostinato.request_id": request.request_id, "ostinato.items": len(request.items)})
 
     def numbered(self, stamp: types_pb2.Stamp, *, repeated: bool) -> None:
         """In the span of its call."""
-        if tracing.on():
+        if tracing.tracer is not None:
             about = {"ostinato.sequence": stamp.first_sequence, "ostinato.epoch": stamp.epoch}
             tracing.current().note({**about, "ostinato.repeated_key": repeated})
 
@@ -140,7 +140,7 @@ class Observer:
 
     def activated(self, item: ActiveItem, caller: Span) -> None:
         """It has a sequence. `caller`: the span of its call."""
-        if tracing.on():
+        if tracing.tracer is not None:
             header = item.admitted
             attributes: tracing.Attributes = {
                 "ostinato.sequence": header.sequence,

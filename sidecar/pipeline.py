@@ -221,7 +221,7 @@ class Pipeline:
         admission = draft(request, prepared, caller().tenant, self.random_bytes)
         numbered = asyncio.get_running_loop().create_future()
         batch = PendingAdmission(waiter.batch_id, admission, waiter, self.clock(), numbered, CHARGE.get())
-        if tracing.on():
+        if tracing.tracer is not None:
             batch.caller, batch.span = tracing.current(), tracing.span("admission")
         self._pending[batch.batch_id] = batch
         if batch.charge is not None:
@@ -261,7 +261,7 @@ class Pipeline:
 
     def _number(self, batch: PendingAdmission) -> None:
         """Append the batch, which gives its items consecutive sequences."""
-        if tracing.on():
+        if tracing.tracer is not None:
             batch.journal_span = batch.span.child("journal")
         try:
             self.quota.check(batch.admission.tenant)  # again: much may have been appended while it waited
@@ -414,7 +414,7 @@ class Pipeline:
         for item, end in zip(items, ends, strict=True):
             group = self._settings.group_of(item.input.tenant)
             outcomes.append(item.outcome(end.error, end.attempt, now, self._collisions, group))
-            if tracing.on():
+            if tracing.tracer is not None:
                 self.observer.recording(item, end.error)
         answers = [self.journal.append(outcome) for outcome in outcomes]
         answers[-1].add_done_callback(partial(self._guarded, self._recorded, items, answers))  # the journal answers in order

@@ -381,7 +381,7 @@ _METHODS = {
 
 
 def _span(request: Message, *, streamed: bool) -> tracing.Span:
-    if not tracing.on():
+    if tracing.tracer is None:
         return tracing.OFF
     label = getattr(request, "request_id", "")
     return tracing.call(_METHODS[request.DESCRIPTOR.full_name, streamed], {"ostinato.request_id": label} if label else None)

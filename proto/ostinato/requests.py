@@ -6,7 +6,8 @@ from __future__ import annotations
 import json
 import operator
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import TypeAlias, TypedDict
 
 from google.protobuf.descriptor import FieldDescriptor
@@ -24,6 +25,9 @@ Prompts: TypeAlias = str | types_pb2.Item | Sequence[Prompt]
 
 GradeName: TypeAlias = types_pb2.Grade.ValueType | str
 """`"exact"`, `"serial"`, `"best-effort"`, or the enum's value."""
+
+Check: TypeAlias = Callable[[str, object], object]
+"""Gives the value of a parameter of this name as the message holds it. Raises TypeError and ValueError."""
 
 RESPONSE_BYTES_METADATA = "ostinato-max-response-bytes"
 """Metadata of every call: the largest response that the client accepts, in bytes, as decimal digits."""
@@ -64,14 +68,6 @@ class Sampling(TypedDict, total=False):
     skip_special_tokens: bool | None
     parse: str | Iterable[str] | None
     """`"tools"` and `"reasoning"`."""
-
-
-_FIELDS = types_pb2.Parameters.DESCRIPTOR.fields_by_name
-_INTEGERS = {
-    FieldDescriptor.CPPTYPE_INT32: (-(2**31), 2**31 - 1),
-    FieldDescriptor.CPPTYPE_UINT32: (0, 2**32 - 1),
-    FieldDescriptor.CPPTYPE_UINT64: (0, 2**64 - 1),
-}
 
 
 def batch(
@@ -125,9 +121,8 @@ def _list(name: str, given: object, wanted: str) -> Sequence[object]:
 
 
 def token_ids(given: object, name: str = "token_ids") -> types_pb2.TokenIds:
-    bounds = _INTEGERS[FieldDescriptor.CPPTYPE_UINT32]
     listed = enumerate(_list(name, given, "a list of token ids"))
-    return types_pb2.TokenIds(ids=[integer(f"{name}[{position}]", each, *bounds) for position, each in listed])
+    return types_pb2.TokenIds(ids=[integer(f"{name}[{position}]", each, 0, 2**32 - 1) for position, each in listed])
 
 
 def chat(
@@ -222,39 +217,11 @@ def parameters(given: Mapping[str, object]) -> types_pb2.Parameters | None:
     """Parameters from the names of Sampling; None if all are unset."""
     made: dict[str, object] = {}
     for name, value in given.items():
-        if name not in _FIELDS:
-            raise TypeError(f"{name}: no such parameter; there are {', '.join(_FIELDS)}")
+        if name not in _PARAMETERS:
+            raise TypeError(f"{name}: no such parameter; there are {', '.join(_PARAMETERS)}")
         if value is not None:
-            made[name] = _value(name, _FIELDS[name], value)
+            made[name] = _PARAMETERS[name](name, value)
     return types_pb2.Parameters(**made) if made else None  # type: ignore[arg-type]  # as the descriptor has it
-
-
-def _value(name: str, field: FieldDescriptor, value: object) -> object:
-    if field.message_type is not None:
-        return _response_format(name, value)
-    if not field.is_repeated:
-        return _scalar(name, field, value)
-    if isinstance(value, str) and field.cpp_type in (FieldDescriptor.CPPTYPE_STRING, FieldDescriptor.CPPTYPE_ENUM):
-        return [_scalar(name, field, value)]
-    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
-        raise TypeError(f"{name}: must be a list, not {_kind(value)}")
-    return [_scalar(f"{name}[{position}]", field, each) for position, each in enumerate(value)]
-
-
-def _scalar(name: str, field: FieldDescriptor, value: object) -> object:
-    match field.cpp_type:
-        case FieldDescriptor.CPPTYPE_STRING:
-            return text(name, value)
-        case FieldDescriptor.CPPTYPE_ENUM:
-            if value not in PARSES:
-                raise ValueError(f"{name}: {value!r} is not one of {', '.join(PARSES)}")
-            return PARSES[str(value)]
-        case FieldDescriptor.CPPTYPE_DOUBLE:
-            return number(name, value)
-        case FieldDescriptor.CPPTYPE_BOOL:
-            return boolean(name, value)
-        case kind:
-            return integer(name, value, *_INTEGERS[kind])
 
 
 def _response_format(name: str, value: object) -> types_pb2.ResponseFormat:
@@ -345,3 +312,35 @@ def text(name: str, value: object) -> str:
 
 def _kind(value: object) -> str:
     return type(value).__name__
+
+
+def _parse(name: str, value: object) -> types_pb2.Parse.ValueType:
+    if value not in PARSES:
+        raise ValueError(f"{name}: {value!r} is not one of {', '.join(PARSES)}")
+    return PARSES[str(value)]
+
+
+def _several(check: Check, name: str, value: object) -> list[object]:
+    """A list of values that this check takes; a single text is one of them."""
+    if isinstance(value, str) and check in (text, _parse):
+        return [check(name, value)]
+    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
+        raise TypeError(f"{name}: must be a list, not {_kind(value)}")
+    return [check(f"{name}[{position}]", each) for position, each in enumerate(value)]
+
+
+_CHECKS: Mapping[int, Check] = {
+    FieldDescriptor.CPPTYPE_MESSAGE: _response_format,
+    FieldDescriptor.CPPTYPE_STRING: text,
+    FieldDescriptor.CPPTYPE_ENUM: _parse,
+    FieldDescriptor.CPPTYPE_DOUBLE: number,
+    FieldDescriptor.CPPTYPE_BOOL: boolean,
+    FieldDescriptor.CPPTYPE_INT32: partial(integer, low=-(2**31), high=2**31 - 1),
+    FieldDescriptor.CPPTYPE_UINT32: partial(integer, low=0, high=2**32 - 1),
+    FieldDescriptor.CPPTYPE_UINT64: partial(integer, low=0, high=2**64 - 1),
+}
+_PARAMETERS: Mapping[str, Check] = {
+    field.name: partial(_several, _CHECKS[field.cpp_type]) if field.is_repeated else _CHECKS[field.cpp_type]
+    for field in types_pb2.Parameters.DESCRIPTOR.fields
+}
+"""What a parameter's value has to be, by name."""

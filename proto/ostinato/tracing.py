@@ -90,18 +90,15 @@ class Span:
 
 OFF = Span()
 
-_tracer: trace.Tracer | None = None
+tracer: trace.Tracer | None = None
+"""None: tracing is off."""
 _shutdown: Callable[[], None] | None = None
 """Ends a provider that is ours."""
 
 
-def on() -> bool:
-    return _tracer is not None
-
-
 def span(name: str, attributes: Attributes | None = None, kind: Kind = "INTERNAL", parent: Metadata | None = None) -> Span:
     """Starts a span: within the current one, or within the span of a peer whose metadata is `parent`."""
-    return OFF if _tracer is None else _started(_tracer, name, attributes, kind, None if parent is None else _peer(parent))
+    return OFF if tracer is None else _started(tracer, name, attributes, kind, None if parent is None else _peer(parent))
 
 
 def call(method: str, attributes: Attributes | None = None) -> Span:
@@ -111,11 +108,11 @@ def call(method: str, attributes: Attributes | None = None) -> Span:
 
 def current() -> Span:
     """The span that this task or thread has entered."""
-    if _tracer is None:
+    if tracer is None:
         return OFF
     from opentelemetry.trace import get_current_span
 
-    return _OtelSpan(_tracer, get_current_span())
+    return _OtelSpan(tracer, get_current_span())
 
 
 def start(target: str, service: str, instance: str, environ: Mapping[str, str]) -> None:
@@ -137,16 +134,16 @@ def start(target: str, service: str, instance: str, environ: Mapping[str, str]) 
 
 def use(provider: trace.TracerProvider | None = None) -> None:
     """Turns tracing on with this provider, or the process's own: for a program that has set up OpenTelemetry itself."""
-    global _tracer
+    global tracer
     from opentelemetry import trace
 
-    _tracer = (provider or trace.get_tracer_provider()).get_tracer("ostinato", __version__)
+    tracer = (provider or trace.get_tracer_provider()).get_tracer("ostinato", __version__)
 
 
 def stop(seconds: float = 1.0) -> None:
     """Turns tracing off. Waits at most this long for spans to be exported: a collector may not answer."""
-    global _tracer, _shutdown
-    shutdown, _tracer, _shutdown = _shutdown, None, None
+    global tracer, _shutdown
+    shutdown, tracer, _shutdown = _shutdown, None, None
     if shutdown is not None:
         ending = threading.Thread(target=shutdown, name="traces-end", daemon=True)
         ending.start()

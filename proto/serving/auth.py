@@ -94,9 +94,8 @@ _log = logging.getLogger(__name__)
 CALLER: ContextVar[Identity] = ContextVar("caller", default=ANONYMOUS)
 
 
-def caller() -> Identity:
-    """The identity of the call that this task handles."""
-    return CALLER.get()
+caller: Callable[[], Identity] = CALLER.get
+"""The identity of the call that this task handles."""
 
 
 TOKENS = "--tokens"

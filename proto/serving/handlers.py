@@ -170,7 +170,7 @@ class _Method:
                 tenant = self._admit(context)
                 if intake is not None:
                     charge = intake.enter(tenant)
-                    if (seconds := intake.ahead(tenant)) > 0:
+                    if intake.shared and (seconds := intake.ahead(tenant)) > 0:
                         await asyncio.sleep(seconds)
                 if self.takes_stream:
                     given: Any = self._messages(request)
@@ -182,7 +182,10 @@ class _Method:
                 if self._generates:  # closed when the call ends early: the garbage collector would do that later
                     async with contextlib.aclosing(self._behaviour(given, context)) as answers:
                         async for answer in answers:
-                            await self._write(answer, context)
+                            if guard.write_seconds is None:
+                                await context.write(answer)
+                            else:
+                                await self._write(answer, context, guard.write_seconds)
                     return None
                 made = await self._behaviour(given, context)
                 return None if self._gives_stream else self._counted(made, context)
@@ -235,11 +238,7 @@ class _Method:
             identity.require_admin(self._path)
         return identity.tenant
 
-    def _write(self, answer: Any, context: Context) -> Awaitable[None]:
-        seconds = self._guard.write_seconds
-        return context.write(answer) if seconds is None else self._write_in_time(answer, context, seconds)
-
-    async def _write_in_time(self, answer: Any, context: Context, seconds: float) -> None:
+    async def _write(self, answer: Any, context: Context, seconds: float) -> None:
         if not await written(context.write(answer), seconds=seconds):
             if self._guard.unwritten is not None:
                 self._guard.unwritten.late()
@@ -247,7 +246,7 @@ class _Method:
 
     def _counted(self, answer: Any, context: Context) -> bytes:
         """The answer's bytes, which are held until gRPC has written them."""
-        data = _serialized(answer, self._serialize)
+        data = answer if isinstance(answer, bytes) else self._serialize(answer)
         if self._guard.unwritten is not None:
             context.add_done_callback(self._guard.unwritten.writing(len(data)))  # type: ignore[arg-type]  # any Callable will do
         return data
@@ -268,7 +267,7 @@ class _Observation:
         self._started, self._deadline = time.monotonic(), remaining(context)
 
     def __enter__(self) -> None:
-        traced = tracing.on() and not self._method.takes_stream
+        traced = tracing.tracer is not None and not self._method.takes_stream
         self._span = _span("/".join(self._method.labels), self._context) if traced else tracing.OFF
         if traced:
             self._entered = self._span.entered()
@@ -287,10 +286,6 @@ class _Observation:
             self._entered.__exit__(kind, error, trace)
             self._span.note({"rpc.response.status_code": name} | ({"error.type": name} if gone else {}))
             self._span.end()
-
-
-def _serialized(message: Any, serialize: Callable[[Any], bytes]) -> bytes:
-    return message if isinstance(message, bytes) else serialize(message)
 
 
 class _CheckedContext:
@@ -312,7 +307,7 @@ class _CheckedContext:
 
     def write(self, message: Any) -> Awaitable[None]:
         """A message, or its bytes. Ends when gRPC has written it all."""
-        data = _serialized(message, self._serialize)
+        data = message if isinstance(message, bytes) else self._serialize(message)
         return self._context.write(data) if self._begun and self._unwritten is None else self._write(data)
 
     async def _write(self, data: bytes) -> None:

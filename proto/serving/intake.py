@@ -200,11 +200,11 @@ class Intake:
     """Of one server."""
 
     def __init__(self, bounds: Bounds) -> None:
-        self.bounds, self._shared = bounds, bounds.tenants
-        self.calls = Pool("--calls-max", bounds.calls_max, shared=self._shared)
-        self.requests = Pool("--request-bytes-max", bounds.request_bytes_max, shared=self._shared)
+        self.bounds, self.shared = bounds, bounds.tenants
+        self.calls = Pool("--calls-max", bounds.calls_max, shared=self.shared)
+        self.requests = Pool("--request-bytes-max", bounds.request_bytes_max, shared=self.shared)
         places = bounds.arriving_bytes_max // bounds.message_bytes_max
-        self._arriving = Pool("--arriving-bytes-max", places, shared=self._shared)
+        self._arriving = Pool("--arriving-bytes-max", places, shared=self.shared)
         self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
         """By tenant, in the order of their turns."""
         self._refusals = 0
@@ -231,8 +231,6 @@ class Intake:
     def ahead(self, tenant: str) -> float:
         """Seconds by which the tenant's call is too early. gRPC takes calls up as they arrive, whosever they are. Spread out,
         they leave room between them for others'."""
-        if not self._shared:
-            return 0.0
         now = asyncio.get_running_loop().time()
         if tenant != self._latest:
             self._latest, self._mixed_at = tenant, now
