@@ -115,7 +115,6 @@ class Program:
         return int(str(self.wait_for("metrics")["port"]))
 
     def page(self, **headers: str) -> str:
-        """Its metrics page."""
         return read(f"http://127.0.0.1:{self.metrics_port}/metrics", **headers)
 
     def records(self) -> list[dict[str, object]]:
@@ -147,7 +146,6 @@ class Program:
         return code
 
     def kill(self) -> None:
-        """SIGKILL."""
         self.stop(signal.SIGKILL)
 
 

@@ -54,7 +54,6 @@ class Postgres:
             return subprocess.Popen(command, stdout=log, stderr=log, cwd=self.root)
 
     def start(self) -> Self:
-        """Until it answers."""
         settings = ["listen_addresses=", "log_min_messages=fatal", "shared_buffers=32MB", "max_connections=200"]
         self._process = self._spawn("postgres", "-D", "d", "-k", str(self.root), *(f"--{setting}" for setting in settings))
         deadline = time.monotonic() + START_SECONDS
@@ -88,7 +87,6 @@ class Postgres:
         return f"postgresql://ostinato@/postgres?host={quote(str(host or self.root), safe='')}&options={options}"
 
     def schema(self) -> str:
-        """A new one."""
         name = f"s{next(self._schemas)}"
         with psycopg.connect(self.url(), autocommit=True) as db:
             db.execute(f"CREATE SCHEMA {name}")

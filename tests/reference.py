@@ -78,8 +78,6 @@ def _others() -> Iterator[str]:
 
 
 class _File:
-    """One .proto file."""
-
     def __init__(self, file: FileDescriptorProto, known: set[str]) -> None:
         self._file, self._known = file, known
         places = file.source_code_info.location

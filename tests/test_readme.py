@@ -11,14 +11,14 @@ import signal
 import subprocess
 import sys
 import sysconfig
-import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from tests.pair import PROOFS, ROOT, held_port
+from tests.waiting import until
 
 pytestmark = [pytest.mark.llama, pytest.mark.timeout(400)]
 STAMPS = (".programs", ".gateway", ".installed")
@@ -38,10 +38,7 @@ class Reader:
     environment: dict[str, str]
     replaced: dict[str, str]
     """Addresses that README names, and those that are free here."""
-    said: list[str] = field(default_factory=list)
-    serving: subprocess.Popen[str] | None = None
-    listening: threading.Thread | None = None
-    served: list[str] = field(default_factory=list)
+    serving: subprocess.Popen[bytes] | None = None
 
     def types(self, text: str, interpreter: str = "bash") -> str:
         """What a block prints; it must succeed."""
@@ -54,42 +51,28 @@ class Reader:
         assert done.returncode == 0, f"{text}\n{done.stdout}{done.stderr}"
         return done.stdout
 
+    @property
+    def served(self) -> str:
+        """What the first terminal shows."""
+        return (self.home / "served").read_text()
+
     def serves(self, text: str) -> None:
         """The same for what runs until Ctrl-C; it goes on when it says that it serves."""
         self.interrupts()
-        self.serving = subprocess.Popen(
-            ["bash", "-c", text],
-            cwd=self.home,
-            env=self.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        ready = threading.Event()
-        self.listening = threading.Thread(target=self._listen, args=(self.serving, ready))
-        self.listening.start()
-        assert ready.wait(SECONDS), self.served
-        assert any(SERVING in line for line in self.served), self.served
+        with (self.home / "served").open("w") as out:
+            serving = self.serving = subprocess.Popen(
+                ["bash", "-c", text], cwd=self.home, env=self.environment, stdout=out, stderr=out, start_new_session=True
+            )
+        until(lambda: SERVING in self.served or serving.poll() is not None, SERVING, SECONDS)
+        assert SERVING in self.served, self.served
 
     def interrupts(self) -> None:
         """Ctrl-C in the first terminal: all in it gets the signal."""
-        if self.serving is not None and self.listening is not None:
+        if self.serving is not None:
             os.killpg(self.serving.pid, signal.SIGINT)
             self.serving.wait(SECONDS)
-            self.listening.join()
-            assert "Traceback" not in "".join(self.served)
+            assert "Traceback" not in self.served
             self.serving = None
-            self.served.clear()
-
-    def _listen(self, serving: subprocess.Popen[str], ready: threading.Event) -> None:
-        assert serving.stdout is not None
-        with serving.stdout as lines:
-            for line in lines:
-                self.served.append(line)
-                if SERVING in line:
-                    ready.set()
-        ready.set()
 
 
 @pytest.fixture(name="reader")

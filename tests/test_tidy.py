@@ -108,7 +108,6 @@ def product() -> Iterator[Path]:
 
 @cache
 def tree(path: Path) -> ast.Module:
-    """The file, parsed."""
     return ast.parse((ROOT / path).read_text(), str(path))
 
 

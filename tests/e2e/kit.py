@@ -61,7 +61,6 @@ class Door:
         self.sequencer: sequencer_pb2_grpc.SequencerAsyncStub = sequencer_pb2_grpc.SequencerStub(channel)
 
     async def streamed(self, request: generation_pb2.GenerateRequest) -> list[generation_pb2.GenerateEvent]:
-        """All events of GenerateStream."""
         return [event async for event in self.generation.GenerateStream(request)]
 
     async def begun(self, request: Request) -> tuple[Any, Heard]:
@@ -79,8 +78,6 @@ class Door:
         return str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
 
     async def becomes(self, status: str) -> None:
-        """Wait until this is its health."""
-
         async def became() -> bool:
             return await self.health() == status
 

@@ -29,7 +29,6 @@ GRADES = {types_pb2.GRADE_EXACT, types_pb2.GRADE_SERIAL}
 
 @pytest.fixture(scope="module")
 def pair() -> Iterator[Pair]:
-    """Both programs, ready."""
     if LACKING:
         pytest.skip(f"the llama engine needs {', '.join(LACKING)}")
     with Pair(engine="llama") as both:
@@ -44,7 +43,6 @@ def start(pair: Pair) -> None:
 
 
 async def seeded(client: Client, items: int, seed: int = 1) -> list[types_pb2.Result]:
-    """A seeded batch of equal prompts."""
     response = await client.generate([PROMPT] * items, seed=seed, top_k=40, max_new_tokens=TOKENS, logprobs=1)
     return list(response.results)
 

@@ -14,7 +14,6 @@ FLAGS = ("--trust-tenant-metadata", "--window-runs-max", "1", "--numbered-items-
 
 
 def generated(door: Door, tenant: str, request: Any) -> Any:
-    """The call of this tenant."""
     return door.generation.Generate(request, metadata=[(TENANT_METADATA, tenant)], wait_for_ready=True)
 
 

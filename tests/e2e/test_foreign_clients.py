@@ -24,22 +24,21 @@ SEED_MAX = 2**64 - 1
 
 
 @pytest.fixture(scope="module")
-def doors(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Pair, dict[str, str]]]:
-    """A pair with two doors: a port and a socket file."""
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    """One with two addresses: a port and a socket file."""
     socket = tmp_path_factory.mktemp("door") / "door.sock"
     with running_pair(service=["--self-test", "off"], sidecar=["--listen", f"127.0.0.1:0,unix:{socket}"]) as pair:
-        yield pair, {"tcp": pair.target, "unix": f"unix:{socket}"}
+        yield pair
 
 
-@pytest.fixture(params=["tcp", "unix"])
-def target(request: pytest.FixtureRequest, doors: tuple[Pair, dict[str, str]]) -> str:
-    return doors[1][request.param]
+def targets(pair: Pair) -> list[str]:
+    return str(pair.sidecar.wait_for("listening")["addresses"]).split(",")
 
 
-@pytest.fixture
-def pair(doors: tuple[Pair, dict[str, str]]) -> Pair:
-    """For what its programs logged, should a test fail."""
-    return doors[0]
+@pytest.fixture(params=[0, 1], ids=["tcp", "unix"])
+def target(request: pytest.FixtureRequest, pair: Pair) -> str:
+    number: int = request.param
+    return targets(pair)[number]
 
 
 def run(*command: str | Path, seconds: float = 60) -> subprocess.CompletedProcess[str]:
@@ -84,11 +83,11 @@ def cpp() -> list[str | Path]:
 
 
 @pytest.fixture(scope="module", params=["node", "cpp"])
-def said(request: pytest.FixtureRequest, doors: tuple[Pair, dict[str, str]]) -> list[dict[str, Any]]:
+def said(request: pytest.FixtureRequest, pair: Pair) -> list[dict[str, Any]]:
     """What an example received, over each address."""
     command = request.getfixturevalue(request.param)
     answers = []
-    for target in doors[1].values():
+    for target in targets(pair):
         done = run(*command, target)
         assert done.returncode == 0, done.stderr
         answers.append(json.loads(done.stdout))

@@ -19,7 +19,6 @@ from tests.e2e.kit import (
     Door,
     Heard,
     asked,
-    bytes_of,
     ended,
     heard,
     numbered,
@@ -65,20 +64,6 @@ async def test_a_retry_joins_what_is_in_flight(door: Door) -> None:
     assert door.pair.metrics()["ostinato_admitted_items_total"] == before + 2
 
 
-async def test_a_keyed_caller_may_disconnect_and_retry(door: Door) -> None:
-    """The work continues; retries get the same sequences and the same bytes."""
-    request = asked(["a", "b"], key="left", max_new_tokens=40, ignore_eos=True)
-    call, listener = await door.begun(request)
-    call.cancel()
-
-    joined = await door.generation.Generate(request)
-    recorded = await door.generation.Generate(request)
-
-    assert joined.stamp == listener.stamp
-    assert [result.WhichOneof("outcome") for result in joined.results] == ["output", "output"]
-    assert bytes_of(recorded) == bytes_of(joined)
-
-
 async def test_an_unkeyed_deadline_ends_the_work(door: Door) -> None:
     """The items become FAILED with DEADLINE_EXCEEDED, whichever side notices first, and the engine is free."""
     first = await door.last_sequence() + 1
@@ -111,15 +96,20 @@ async def test_an_unkeyed_caller_that_disconnects_ends_the_work(door: Door) -> N
     await door.freed()
 
 
-async def test_cancel_while_it_runs(door: Door) -> None:
-    """Cancel answers once the outcomes are durable; the stream gets them, and the engine is free."""
-    stream, listener = await door.begun(asked(["a", "b"], **ENDLESS))
+@pytest.mark.parametrize("key", ["", "cancelled"])
+async def test_cancel_while_it_runs(door: Door, key: str) -> None:
+    """Cancel answers once the outcomes are durable; the stream gets them, and the engine is free. By key it ends the whole
+    batch, also when its caller has disconnected; a retry gets the same sequences, with those outcomes."""
+    request = asked(["a", "b"], key, **ENDLESS)
+    stream, listener = await door.begun(request)
     first = listener.first
+    if key:
+        stream.cancel()
 
-    answer = await door.generation.Cancel(span(first, first + 1))
+    answer = await door.generation.Cancel(generation_pb2.CancelRequest(idempotency_key=key) if key else span(first, first + 1))
 
     assert (answer.cancelled, answer.ended) == (2, 0)
-    results = (await rest(stream, listener)).results
+    results = (await door.generation.Generate(request)).results if key else (await rest(stream, listener)).results
     assert [result.sequence for result in results] == [first, first + 1]
     assert {errors.from_status(result.status).reason for result in results} == {"CANCELLED"}
     assert await door.kinds(first) == ["CANCELLED"]
@@ -134,21 +124,6 @@ async def test_cancel_after_the_end(door: Door) -> None:
         answer = await door.generation.Cancel(span(stamp.first_sequence, stamp.first_sequence + 1))
         assert (answer.cancelled, answer.ended) == (0, 2)
     assert await door.outcome(stamp.first_sequence) == ("COMPLETED", "")
-
-
-async def test_cancel_by_key(door: Door) -> None:
-    """Cancel by key ends the whole batch, also when its caller has disconnected; a retry gets those outcomes."""
-    request = asked(["a", "b"], key="cancelled", **ENDLESS)
-    stream, listener = await door.begun(request)
-    stream.cancel()
-
-    answer = await door.generation.Cancel(generation_pb2.CancelRequest(idempotency_key="cancelled"))
-
-    assert (answer.cancelled, answer.ended) == (2, 0)
-    again = await door.generation.Generate(request)
-    assert again.stamp == listener.stamp
-    assert {errors.from_status(result.status).reason for result in again.results} == {"CANCELLED"}
-    await door.freed()
 
 
 async def test_draining() -> None:

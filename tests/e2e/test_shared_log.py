@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import random
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 
 import pytest
 
@@ -14,10 +13,10 @@ from ostinato.client import Client
 from ostinato.v1 import sequencer_pb2, types_pb2
 
 from tests.e2e.kit import numbered
-from tests.pair import Pair
 from tests.postgres import Postgres
 from tests.soak import chaos, shared
 from tests.soak.checks import Record
+from tests.soak.recording import RecordedPair
 from tests.waiting import eventually
 
 SLOW = json.dumps({"rules": [{"do": "delay", "at": 1, "seconds": 0.7}]})
@@ -25,24 +24,15 @@ HANGING = json.dumps({"rules": [{"do": "hang", "at": 1, "attempts": [1]}]})
 """Every run makes one token, and no more before its second attempt."""
 
 
-@contextlib.contextmanager
-def started(url: str, *writers: str, script: str = SLOW, payloads: str = "full") -> Iterator[list[Pair]]:
-    """A pair for each writer, connected."""
-    with contextlib.ExitStack() as stack:
-        sidecar = ["--journal", url, "--lease-seconds", "0.5", "--payloads", payloads]
-        pairs = [Pair(service=["--script", script], sidecar=[*sidecar, "--writer", writer]) for writer in writers]
-        for pair in pairs:
-            stack.enter_context(pair).start_service()
-        for program in [pair.start_sidecar() for pair in pairs]:
-            program.wait_for("engine connected")
-        yield pairs
+def started(url: str, script: str) -> AbstractContextManager[list[RecordedPair]]:
+    return shared.pairs_on(url, "a", "b", script=script, lease_seconds=0.5)
 
 
 async def test_a_key_is_one_key_everywhere(postgres: Postgres) -> None:
     """A key that one sidecar works on is joined at another one, unary and streamed, and answered alike, byte for byte; an
     equal input of another sidecar is a twin."""
     url = postgres.url(postgres.schema())
-    with started(url, "a", "b") as (a, b):
+    with started(url, SLOW) as (a, b):
         async with Client(a.target) as at_a, Client(b.target) as at_b:
             asked = asyncio.create_task(at_a.generate(["x", "y"], seed=1, key="k"))
             await numbered(at_b, 2)
@@ -72,7 +62,7 @@ async def test_a_dead_sidecar_is_taken_over(postgres: Postgres) -> None:
     """When a dead sidecar's lease has expired, another one runs its keyed items under the same numbers and answers the
     callers that wait there. When the first one restarts, nothing is left to do."""
     url = postgres.url(postgres.schema())
-    with started(url, "a", "b", script=HANGING) as (a, b):
+    with started(url, HANGING) as (a, b):
         async with Client(a.target) as at_a, Client(b.target) as at_b:
             asked = asyncio.create_task(at_a.generate(["x", "y"], key="k"))
             await numbered(at_b, 2)
@@ -103,7 +93,7 @@ async def test_promises_hold_while_sidecars_die(postgres: Postgres) -> None:
     that stands still past its lease: numbers are gapless, every item has one outcome, what was acknowledged is there, no
     attempt ran twice, and the chain verifies."""
     rng = random.Random(chaos.seed())
-    async with shared.sidecars(postgres, rng) as together:
+    with shared.sidecars(postgres, rng) as together:
         load, record, faults = await shared.chapter(together, rng, kills=1, pauses=1, crashes=1)
 
     assert faults == []

@@ -105,7 +105,6 @@ def traced_pair(target: str, script: object) -> Iterator[Pair]:
 
 @contextlib.asynccontextmanager
 async def traced_client(target: str, pair: Pair) -> AsyncIterator[Client]:
-    """A client in this process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OTEL_BSP_SCHEDULE_DELAY", SOON_MILLIS)
         tracing.start(target, "test", "", {})

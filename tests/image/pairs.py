@@ -34,8 +34,6 @@ OF_A_CLUSTER = ("startupProbe", "livenessProbe", "readinessProbe", "restartPolic
 
 @dataclass(frozen=True)
 class Images:
-    """Names."""
-
     base: str
     sidecar: str
     service: str

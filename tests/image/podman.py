@@ -52,7 +52,6 @@ def run(*command: str | Path, check: bool = True, timeout: float = 1200) -> subp
 
 
 def podman(*command: str) -> str:
-    """What podman says."""
     return run("podman", *command).stdout.strip()
 
 

@@ -48,7 +48,6 @@ def combinations() -> tuple[Combination, ...]:
 
 @cache
 def built(chosen: Combination) -> tuple[Yaml, ...]:
-    """The base with these components."""
     with tempfile.TemporaryDirectory(prefix="ostinato-") as folder:
         place = Path(folder).resolve()
         kustomization = {
@@ -69,18 +68,15 @@ def kustomize(folder: Path) -> tuple[Yaml, ...]:
 
 
 def of_kind(resources: tuple[Yaml, ...], kind: str) -> list[Yaml]:
-    """Those of this kind."""
     return [resource for resource in resources if resource["kind"] == kind]
 
 
 def statefulset(resources: tuple[Yaml, ...]) -> Yaml:
-    """The only one."""
     [found] = of_kind(resources, "StatefulSet")
     return found
 
 
 def pod(resources: tuple[Yaml, ...]) -> Yaml:
-    """The Pod's spec."""
     spec: Yaml = statefulset(resources)["spec"]["template"]["spec"]
     return spec
 

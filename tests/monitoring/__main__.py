@@ -18,7 +18,6 @@ PICTURES = ROOT / "docs" / "pictures"
 
 
 def main() -> int:
-    """Returns the exit code."""
     if why := missing():
         print(why)
         return 1
@@ -34,7 +33,6 @@ def main() -> int:
 
 
 def picture(board: str, name: str, running: Running, what: str) -> None:
-    """Draw this dashboard to docs/pictures."""
     path = PICTURES / f"{name}.png"
     draw(path, boards()[board], running.prometheus, running.start, time.time() - 1, what)
     print(path.relative_to(ROOT), path.stat().st_size, "bytes")

@@ -29,7 +29,6 @@ def panels(board: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def boards() -> dict[str, dict[str, Any]]:
-    """The committed dashboards by name."""
     return {path.stem: json.loads(path.read_text()) for path in sorted(DASHBOARDS.glob("*.json"))}
 
 
@@ -55,21 +54,17 @@ def metric_names(texts: Iterable[str]) -> set[str]:
 
 
 def in_panels() -> set[str]:
-    """Metrics in dashboards."""
     return metric_names(path.read_text() for path in DASHBOARDS.glob("*.json"))
 
 
 def in_rules() -> set[str]:
-    """Metrics in rules."""
     return metric_names(rule["expr"] for rule in rules())
 
 
 def in_docs() -> set[str]:
-    """Metrics in docs/operations.md."""
     return metric_names([OPERATIONS.read_text()])
 
 
 def served(page: str) -> set[str]:
-    """Our metric families on a metrics page."""
     families = {re.sub(r"_total$", "", name) for name in re.findall(r"^# TYPE ((?:ostinato_|vllm:)\w+) ", page, re.MULTILINE)}
     return {name for name in families if not name.endswith("_created")}

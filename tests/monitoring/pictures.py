@@ -67,8 +67,6 @@ def draw(path: Path, board: Json, prometheus: Prometheus, start: float, end: flo
 
 
 class Answers:
-    """Answers to the queries of panels."""
-
     def __init__(self, prometheus: Prometheus, start: float, end: float, annotations: list[Json]) -> None:
         self._prometheus, self.start, self.end = prometheus, start, end
         self.marks = [
@@ -88,7 +86,6 @@ class Answers:
         return found
 
     def now(self, panel: Json) -> list[tuple[Json, float]]:
-        """Labels and value of each series."""
         results = (self._prometheus.now(expanded(target["expr"])) for target in panel["targets"])
         return [(each["metric"], float(each["value"][1])) for result in results for each in result]
 
@@ -102,7 +99,6 @@ class Answers:
 
 
 def legend(target: Json, labels: Mapping[str, str]) -> str:
-    """The legend with the labels filled in."""
     return re.sub(r"{{(\w+)}}", lambda found: labels.get(found[1], ""), target["legendFormat"])
 
 

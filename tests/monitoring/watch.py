@@ -28,8 +28,6 @@ def missing() -> str:
 
 
 class Webhook:
-    """What Alertmanager sent."""
-
     def __init__(self) -> None:
         self.alerts: list[dict[str, Any]] = []
 
@@ -43,35 +41,28 @@ class Webhook:
 
 
 class Prometheus:
-    """Its HTTP API."""
-
     def __init__(self, url: str) -> None:
         self._url = url
 
     def ready(self) -> bool:
-        """Whether it answers."""
         with contextlib.suppress(OSError):
             read(f"{self._url}/-/ready")
             return True
         return False
 
     def now(self, query: str) -> list[dict[str, Any]]:
-        """An instant query's vector."""
         found: list[dict[str, Any]] = self._api("query", query=query)["result"]
         return found
 
     def over(self, query: str, start: float, end: float, step: float = 1.0) -> list[dict[str, Any]]:
-        """A range query's matrix."""
         found: list[dict[str, Any]] = self._api("query_range", query=query, start=start, end=end, step=step)["result"]
         return found
 
     def exemplars(self, query: str, start: float, end: float) -> list[dict[str, Any]]:
-        """The exemplars by series."""
         found: list[dict[str, Any]] = self._api("query_exemplars", query=query, start=start, end=end)
         return found
 
     def rules(self) -> list[dict[str, Any]]:
-        """All rules with their health and last error."""
         return [rule for group in self._api("rules")["groups"] for rule in group["rules"]]
 
     def _api(self, what: str, **values: object) -> Any:

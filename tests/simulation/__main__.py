@@ -20,7 +20,6 @@ from tests.simulation.world import simulate
 
 
 def main() -> int:
-    """The exit code: 1 if any promise was broken."""
     parser = argparse.ArgumentParser(prog="python -m tests.simulation", description="Break the promises of docs/order.md.")
     parser.add_argument("--seeds", type=int, default=3000, help="how many")
     parser.add_argument("--first", type=int, default=0, help="the first of them")

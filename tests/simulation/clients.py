@@ -29,8 +29,6 @@ Dial = Callable[[str, float | None], Outgoing]
 
 
 class Clients:
-    """All of them."""
-
     def __init__(self, loop: VirtualLoop, network: Network, history: History, dial: Dial) -> None:
         self._loop, self._network, self._history, self._dial = loop, network, history, dial
 

@@ -23,7 +23,6 @@ EXPECTED = frozenset(
 
 
 def coverage(history: History) -> frozenset[str]:
-    """By name."""
     return frozenset(_sights(history))
 
 

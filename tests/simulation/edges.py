@@ -50,7 +50,6 @@ class Hooks:
         return link
 
     async def write(self, message: Any, write: Callable[[Any], Awaitable[None]]) -> None:
-        """A message to a client."""
         await write(message)
 
 

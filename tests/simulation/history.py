@@ -65,13 +65,11 @@ class Call:
         return f"call {self.number} ({self.request.request_id})"
 
     def answer(self, response: generation_pb2.GenerateResponse, step: int) -> None:
-        """Its only answer."""
         self.stamp, self.acknowledged = response.stamp, step
         for result in response.results:
             self._result(result, step)
 
     def hear(self, event: generation_pb2.GenerateEvent, step: int) -> None:
-        """The next answer of a stream."""
         if event.HasField("admitted") != (self.stamp is None):
             self.faults.append("Admitted does not come first, and once")
         match event.WhichOneof("event"):

@@ -46,7 +46,6 @@ class Node:
         return self.name
 
     def spawn(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """Run it in this process."""
         return self.loop.create_task(coroutine, context=self.context())
 
     def context(self) -> contextvars.Context:

@@ -39,8 +39,6 @@ Real = Callable[..., Any]
 
 @dataclass(frozen=True, slots=True)
 class Mutation:
-    """One fault."""
-
     promise: int
     name: str
     patch: Patch

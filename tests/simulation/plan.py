@@ -39,8 +39,6 @@ TAKEOVER = "leave another writer's items"
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """Something that goes wrong."""
-
     at: float
     name: str
     seconds: float
@@ -73,8 +71,6 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A seed, unfolded."""
-
     seed: str
     shared: bool
     """Which store: a log that many share, or one file."""

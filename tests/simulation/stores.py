@@ -197,7 +197,6 @@ class SharedLog:
     # ---- for backends
 
     def operate(self) -> None:
-        """PowerLost: in this one."""
         if self.dark_after == 0:
             raise PowerLost
         self.dark_after -= 1

@@ -462,7 +462,6 @@ class World:
 
 
 def simulate(plan: Plan, *, trace: bool = False) -> History:
-    """What came of it."""
     history = History(trace=[] if trace else None)
     with store_of(plan) as store:
         return World(plan, store, history).run()

@@ -37,13 +37,11 @@ class Record:
     """Their digests, of what completed."""
 
     async def read(self, client: Client) -> Record:
-        """Take in what is new."""
         async for entry in client.tail(len(self.entries) + 1, payloads=True, timeout=120):
             self.take(entry)
         return self
 
     def take(self, entry: sequencer_pb2.Entry) -> None:
-        """The next one."""
         header = entry.header
         previous = self.entries[-1].entry_hash if self.entries else chain.GENESIS
         self.entries.append(Sealed(header, previous, entry.entry_hash, entry.payload))
@@ -59,7 +57,6 @@ class Record:
                 self.outputs[header.sequence] = output_digest(output)
 
     def input(self, sequence: int) -> bytes:
-        """The input's digest."""
         given = self.given[sequence]
         return input_digest(given.token_ids, given.parameters, given.seed)
 

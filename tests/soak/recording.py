@@ -19,8 +19,6 @@ from tests.pair import Pair, Program
 
 
 class Submission(NamedTuple):
-    """One line."""
-
     purpose: int
     sequence: int
     attempt: int

@@ -10,8 +10,8 @@ import random
 import signal
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AsyncExitStack
 
 from ostinato.client import Client
 
@@ -157,18 +157,24 @@ class Sidecars:
         return record
 
 
-@asynccontextmanager
-async def sidecars(server: Postgres, rng: random.Random, count: int = 3) -> AsyncIterator[Sidecars]:
-    """`count` pairs, connected, on a new log."""
-    url = server.url(server.schema())
+@contextlib.contextmanager
+def pairs_on(url: str, *writers: str, script: str, lease_seconds: float) -> Iterator[list[RecordedPair]]:
+    """A pair for each writer of this log, connected."""
     with contextlib.ExitStack() as stack:
-        pairs = []
-        for number in range(count):
-            args = ["--journal", url, "--writer", f"writer-{number}", "--lease-seconds", str(LEASE_SECONDS)]
-            pairs.append(stack.enter_context(RecordedPair(service=["--script", SCRIPT], sidecar=args)))
-            pairs[-1].start_service()
+        sidecar = ["--journal", url, "--lease-seconds", str(lease_seconds)]
+        pairs = [RecordedPair(service=["--script", script], sidecar=[*sidecar, "--writer", writer]) for writer in writers]
         for pair in pairs:
-            (await asyncio.to_thread(pair.start_sidecar)).wait_for("engine connected")
+            stack.enter_context(pair).start_service()
+        for program in [pair.start_sidecar() for pair in pairs]:
+            program.wait_for("engine connected")
+        yield pairs
+
+
+@contextlib.contextmanager
+def sidecars(server: Postgres, rng: random.Random, count: int = 3) -> Iterator[Sidecars]:
+    """On a new log."""
+    url, writers = server.url(server.schema()), [f"writer-{number}" for number in range(count)]
+    with pairs_on(url, *writers, script=SCRIPT, lease_seconds=LEASE_SECONDS) as pairs:
         yield Sidecars(server, pairs, url, rng)
 
 

@@ -56,7 +56,7 @@ async def test_a_hundred_stops_on_a_shared_log() -> None:
     rng, fenced, waits = random.Random(seed), 0, list[float]()
     with Postgres() as server:
         for chapter in range(STOP_CHAPTERS):
-            async with shared.sidecars(server, rng) as together:
+            with shared.sidecars(server, rng) as together:
                 _, _, faults = await shared.chapter(together, rng, kills=0, pauses=STOPS // STOP_CHAPTERS, crashes=0)
             assert faults == [], f"chapter {chapter}, SOAK_SEED={seed}"
             fenced, waits = fenced + together.fenced, waits + together.waits
@@ -70,7 +70,7 @@ async def test_a_hundred_kills_on_a_shared_log() -> None:
     rng, fenced, items = random.Random(seed), 0, 0
     with Postgres() as server:
         for chapter in range(10):
-            async with shared.sidecars(server, rng) as together:
+            with shared.sidecars(server, rng) as together:
                 _, record, faults = await shared.chapter(together, rng, kills=6, pauses=2, crashes=2)
             assert faults == [], f"chapter {chapter}, SOAK_SEED={seed}"
             fenced, items = fenced + together.fenced, items + len(record.admitted)
