@@ -421,30 +421,41 @@ class Pipeline:
 
     def _recorded(self, items: Sequence[ActiveItem], answers: Sequence[asyncio.Future[Appended]], _: object) -> None:
         """The outcomes are durable."""
-        answered = []
+        ended, answered = [], []
         for item, answer in zip(items, answers, strict=True):
-            appended = answer.result()
-            self.quota.add(item.input.tenant, appended.entries)
-            if appended.entries and item.verification is None and item.recovery is None:
-                self._answer(item, self._result(item, appended.entries[0]))
+            entries = answer.result().entries
+            self.quota.add(item.input.tenant, entries)
+            if not entries:
+                self.spawn(self._answer_later(item, None))
+                continue
+            result = result_of(entries[0])
+            ended.append((item, entries[0], result))
+            if item.verification is None and item.recovery is None:
+                self._answer(item, result)
                 answered.append(item.sequence)
             else:
-                self.spawn(self._answer_later(item, appended))
+                self.spawn(self._answer_later(item, (entries[0], result)))
+        self.observer.recorded(ended)
+        for item, entry, result in ended:
+            if result.HasField("output"):
+                for listener in self.completion_listeners:
+                    listener(entry.header, max(item.company, item.company_at_end))
         if answered:
             self.dispatch(ev.Ended(tuple(answered)))
 
-    async def _answer_later(self, item: ActiveItem, appended: Appended) -> None:
-        """More has to be awaited, and other items need not wait for it. Raises JournalBroken."""
-        if not appended.entries:  # another writer's outcome came first
+    async def _answer_later(self, item: ActiveItem, recorded: tuple[Sealed, types_pb2.Result] | None) -> None:
+        """More has to be awaited, and other items need not wait for it. None: another writer's outcome came first. Raises
+        JournalBroken."""
+        if recorded is None:
             item.cancel_verification(errors.Abandoned("another outcome came first"))
             item.stage.end()
             item.span.end()
             result = answers.answer_or_header(await answers.ended(self.journal, item.sequence))
         else:
-            result = self._result(item, appended.entries[0])
+            outcome, result = recorded
             if item.verification is not None and result.HasField("output"):
                 assert item.output is not None
-                record = Record(item.admitted, appended.entries[0].header, item.input, item.output, item.company)
+                record = Record(item.admitted, outcome.header, item.input, item.output, item.company)
                 result.comparison.CopyFrom(await self.rerunner.verify(record, item.verification))
             else:
                 item.cancel_verification(errors.Abandoned("there is no answer to verify"))
@@ -453,15 +464,6 @@ class Pipeline:
             nonce, digest = item.input.nonce, item.fingerprint_digest
             await self.rerunner.append(Audit(item.admitted, item.recovery, nonce, digest, item.output.grade))
         self.dispatch(ev.Ended((item.sequence,)))
-
-    def _result(self, item: ActiveItem, sealed: Sealed) -> types_pb2.Result:
-        """Of a durable outcome, as every later reader of the journal derives it."""
-        result = result_of(sealed)
-        self.observer.recorded(item, sealed, result)
-        if result.HasField("output"):
-            for listener in self.completion_listeners:
-                listener(sealed.header, max(item.company, item.company_at_end))
-        return result
 
     def _answer(self, item: ActiveItem, result: types_pb2.Result) -> None:
         del self.items[item.sequence]
