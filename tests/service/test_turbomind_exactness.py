@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import os
+import shutil
 import struct
 import tomllib
 from collections.abc import Mapping
@@ -28,92 +29,111 @@ from service.engines.turbomind.overrides import Mode, NoOverrides, Overrides, Sh
 from service.engines.turbomind.probe import KernelProof
 from tests.service.turbomind_kit import CONFIG, GPU, HEAD, LAYER, TAIL, FakeOverrides, folder, not_installed, without
 
-NATIVE = cast(Native, SimpleNamespace())
-
-
-def proved(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    overrides: FakeOverrides,
-    permits: Mapping[Shape, Permit],
-    *,
-    gpu: host.Gpu = GPU,
-    measured: list[Mapping[Shape, int]] | None = None,
-    pieces: str = "",
-    **options: Any,
-) -> Exactness:
-    """An exactness after its proof, with these permits as the measurement."""
-
-    def measure(_: object, shapes: Mapping[Shape, int]) -> Mapping[Shape, Permit]:
-        (measured if measured is not None else []).append(shapes)
-        return permits
-
-    monkeypatch.setattr(kernels, "set_workspace", lambda _, gpus: None)
-    monkeypatch.setattr(kernels, "measure", measure)
-    monkeypatch.setattr(probe, "prove_pieces", lambda *_: pieces)
-    without(monkeypatch, "TM_GEMM_TUNE", "NCCL_NVLS_ENABLE")
-    read = model.read(folder(tmp_path))
-    given = TurbomindOptions(model=tmp_path, state_dir=tmp_path, **options)
-    exactness = Exactness(given, read, cast(Overrides, overrides))
-    exactness.prepare(gpu, "0.18.0")
-    exactness.prove(NATIVE)
-    return exactness
-
-
 PERMITS = {LAYER: Permit((66,), 8448, ((1, "0a"), (8448, "ff"))), HEAD: Permit((66,), 256)}
+EXPERTS = Product(tuple(64 if place == 25 else 0 for place in range(26)))
+PROOF = KernelProof({EXPERTS: (8, 64)}, (), (0,))
+TABLE = struct.pack("<8sIIQ", b"TMGEMM2\0", 6, 304, 1) + struct.pack("<76i", *(8 if place == 22 else 0 for place in range(76)))
+AWQ = {"quantization_config": {"quant_method": "awq"}}
+MIXTURE = {"num_experts": 64}
 
 
-def test_with_all_in_place_it_may_be_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+class Start:
+    """Starts of a model, each with its proof."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder, self._patch = folder, monkeypatch
+        self.measured: list[Mapping[Shape, int]] = []
+        """The products of each measurement."""
+
+    def __call__(
+        self,
+        overrides: FakeOverrides,
+        permits: Mapping[Shape, Permit] = PERMITS,
+        *,
+        config: Mapping[str, Any] = {},  # is not changed
+        gpu: host.Gpu = GPU,
+        pieces: str = "",
+        written: bytes = TABLE,
+        proof: KernelProof = PROOF,
+        **options: Any,
+    ) -> Exactness:
+        """With these permits as the measurement, this proof of own kernels, and this reason why prompts are not cut. TurboMind
+        writes this table of kernels if it is told to."""
+
+        def measure(_: object, shapes: Mapping[Shape, int]) -> Mapping[Shape, Permit]:
+            self.measured.append(shapes)
+            return permits
+
+        def prove_pieces(*_: object) -> str:
+            overrides.ran_pieces = True
+            return pieces
+
+        self._patch.setattr(kernels, "set_workspace", lambda _, gpus: None)
+        self._patch.setattr(kernels, "measure", measure)
+        self._patch.setattr(probe, "prove_pieces", prove_pieces)
+        self._patch.setattr(probe, "prove_kernels", lambda *_: proof)
+        self._patch.setattr(probe, "first_run", lambda *_: overrides.serve())
+        without(self._patch, "TM_GEMM_IMPORT", "TM_GEMM_EXPORT", "TM_GEMM_TUNE", "NCCL_NVLS_ENABLE")
+        read = model.read(folder(self.folder, CONFIG | dict(config)))
+        given = TurbomindOptions(model=self.folder, state_dir=self.folder, **options)
+        exactness = Exactness(given, read, cast(Overrides, overrides))
+        exactness.prepare(gpu, "0.18.0")
+        if exported := os.environ.get("TM_GEMM_EXPORT"):
+            Path(exported).parent.mkdir(exist_ok=True)
+            Path(exported).write_bytes(written)
+        exactness.prove(cast(Native, SimpleNamespace()))
+        return exactness
+
+
+@pytest.fixture
+def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
+    return Start(tmp_path, monkeypatch)
+
+
+def test_with_all_in_place_it_may_be_exact(start: Start) -> None:
     """Every shape is served, and tried with at least as many tokens as there are runs."""
-    overrides, measured = FakeOverrides({LAYER: 8448, HEAD: 1}), list[Mapping[Shape, int]]()
-    exactness = proved(tmp_path, monkeypatch, overrides, PERMITS, measured=measured)
+    overrides = FakeOverrides({LAYER: 8448, HEAD: 1})
+    exactness = start(overrides)
 
     assert exactness.ceiling[0] == types_pb2.GRADE_EXACT
-    assert measured == [{LAYER: 8448, HEAD: 256}]
+    assert start.measured == [{LAYER: 8448, HEAD: 256}]
     assert (overrides.permitted, overrides.modes) == ({LAYER: (66,), HEAD: (66,)}, [Mode.SERVE])
     assert overrides.preferred == [(LAYER, 1, b"\x0a"), (LAYER, 8448, b"\xff")]
     assert exactness.fields["kernel_plan"] == Manifest({}, PERMITS).digest
     assert (exactness.fields["cublas"], exactness.fields["attention_splits"]) == ("libcublasLt.so.13 130100", "1")
 
 
-def test_a_manifest_that_was_damaged_is_measured_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_manifest_that_was_damaged_is_measured_again(start: Start, caplog: pytest.LogCaptureFixture) -> None:
     """A damaged manifest is logged and measured again."""
-    measured: list[Mapping[Shape, int]] = []
-    proved(tmp_path, monkeypatch, FakeOverrides({LAYER: 8448}), PERMITS, measured=measured)
-    (kept,) = (tmp_path / "turbomind").glob("plans-*.json")
+    start(FakeOverrides({LAYER: 8448}))
+    (kept,) = (start.folder / "turbomind").glob("plans-*.json")
     kept.write_text(kept.read_text().replace("66", "99"))
-    proved(tmp_path, monkeypatch, FakeOverrides({LAYER: 8448}), PERMITS, measured=measured)
+    start(FakeOverrides({LAYER: 8448}))
 
-    assert len(measured) == 2
+    assert len(start.measured) == 2
     assert "kernel plans unreadable" in caplog.text
 
 
-def test_a_manifest_that_is_refused_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_manifest_that_is_refused_says_why(start: Start) -> None:
     """A kept manifest is used on the same machine; elsewhere it is measured again, and the log has the fields in which the most
     similar one differs."""
-    origins, measured = [], list[Mapping[Shape, int]]()
     newer = host.Gpu(GPU.name, GPU.capability, "590.1")
-    for gpu in (GPU, GPU, newer, host.Gpu("NVIDIA H200", GPU.capability, "590.1")):
-        exactness = proved(tmp_path, monkeypatch, FakeOverrides({LAYER: 8448}), PERMITS, gpu=gpu, measured=measured)
-        origins.append(exactness.origin)
+    gpus = (GPU, GPU, newer, host.Gpu("NVIDIA H200", GPU.capability, "590.1"))
+    origins = [start(FakeOverrides({LAYER: 8448}), gpu=gpu).origin for gpu in gpus]
 
-    assert len(measured) == 3
+    assert len(start.measured) == 3
     assert origins == [
         "made now: none was kept",
         "kept",
         "made now: the kept one is of another environment: driver was 580.159, is 590.1",
         f"made now: the kept one is of another environment: gpu was {GPU.name}, is NVIDIA H200",
     ]
-    assert proved(tmp_path, monkeypatch, FakeOverrides({LAYER: 8448, TAIL: 1}), PERMITS).origin == (
-        "made now: the kept one lacks a product"
-    )
+    assert start(FakeOverrides({LAYER: 8448, TAIL: 1})).origin == "made now: the kept one lacks a product"
 
 
-def test_the_table_of_what_was_proved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_table_of_what_was_proved(start: Start) -> None:
     """The table has a row for each product, covered or not, then the digest, its path and the best grade."""
-    exactness = proved(tmp_path, monkeypatch, FakeOverrides({LAYER: 8448, HEAD: 1}), {LAYER: Permit((66, 71), 8448)})
+    exactness = start(FakeOverrides({LAYER: 8448, HEAD: 1}), {LAYER: Permit((66, 71), 8448)})
     lines = exactness.table().splitlines()
     assert exactness.manifest is not None
 
@@ -134,12 +154,10 @@ def test_the_table_of_what_was_proved(tmp_path: Path, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize(("covered", "code"), [(True, 0), (False, 1)])
 def test_calibrate_says_what_was_proved(
-    covered: bool, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    covered: bool, code: int, start: Start, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """`calibrate` prints the table, its exit code says whether all is covered, and it closes the engine."""
-    exactness = proved(
-        tmp_path, monkeypatch, FakeOverrides({LAYER: 8448} | ({} if covered else {HEAD: 1})), {LAYER: PERMITS[LAYER]}
-    )
+    exactness = start(FakeOverrides({LAYER: 8448} | ({} if covered else {HEAD: 1})), {LAYER: PERMITS[LAYER]})
     closed: list[bool] = []
 
     async def close() -> None:
@@ -147,7 +165,7 @@ def test_calibrate_says_what_was_proved(
 
     monkeypatch.setattr(engine, "load", lambda options: SimpleNamespace(exactness=exactness, close=close))
 
-    assert calibrate_command(Settings(engine="turbomind", model=tmp_path, state_dir=tmp_path)) == code
+    assert calibrate_command(Settings(engine="turbomind", model=start.folder, state_dir=start.folder)) == code
     assert (closed, "576 x 1536" in capsys.readouterr().out) == ([True], True)
 
 
@@ -174,15 +192,14 @@ def test_calibrate_of_what_cannot_be(
     ],
 )
 def test_what_is_missing_is_the_ceilings_reason(
-    fake: dict[str, int], omitted: str, pieces: str, permits: Mapping[Shape, Permit], why: str, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    fake: dict[str, int], omitted: str, pieces: str, permits: Mapping[Shape, Permit], why: str, start: Start
+) -> None:
     """What is missing is the ceiling's reason, also where prompts are not cut at places of their own; the engine runs
     nevertheless."""
     overrides = FakeOverrides({LAYER: 8448, HEAD: 1}, **fake)
     overrides.omitted = frozenset(filter(None, [omitted]))
 
-    assert proved(tmp_path, monkeypatch, overrides, permits, pieces=pieces).ceiling == (types_pb2.GRADE_BEST_EFFORT, why)
+    assert start(overrides, permits, pieces=pieces).ceiling == (types_pb2.GRADE_BEST_EFFORT, why)
 
 
 @pytest.mark.parametrize(
@@ -193,12 +210,10 @@ def test_what_is_missing_is_the_ceilings_reason(
         (4, "nccl", "more than two GPUs add in an order that depends on the batch: --tp is 4"),
     ],
 )
-def test_two_gpus_may_be_exact_with_nccl(
-    tp: int, communicator: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_gpus_may_be_exact_with_nccl(tp: int, communicator: str, why: str, start: Start) -> None:
     """Two GPUs that add with NCCL may earn EXACT, without sums by the switch; others may not, and the reason says why."""
     overrides = FakeOverrides({LAYER: 8448, HEAD: 1})
-    grade, reason = proved(tmp_path, monkeypatch, overrides, PERMITS, tp=tp, communicator=communicator).ceiling
+    grade, reason = start(overrides, tp=tp, communicator=communicator).ceiling
 
     assert grade == (types_pb2.GRADE_BEST_EFFORT if why else types_pb2.GRADE_EXACT)
     assert reason == why or not why
@@ -215,7 +230,7 @@ def test_without_overrides_the_engine_runs_as_it_comes(tmp_path: Path, monkeypat
     exactness = Exactness(TurbomindOptions(model=tmp_path, state_dir=tmp_path), model.read(folder(tmp_path)))
     exactness.load()
     exactness.prepare(GPU, "0.18.0")
-    exactness.prove(NATIVE)
+    exactness.prove(cast(Native, None))
 
     assert exactness.ceiling == (types_pb2.GRADE_BEST_EFFORT, "the overrides are missing: there is no C compiler")
     assert exactness.fields == {
@@ -226,70 +241,34 @@ def test_without_overrides_the_engine_runs_as_it_comes(tmp_path: Path, monkeypat
     }
 
 
-EXPERTS = Product(tuple(64 if place == 25 else 0 for place in range(26)))
-TABLE = struct.pack("<8sIIQ", b"TMGEMM2\0", 6, 304, 1) + struct.pack("<76i", *(8 if place == 22 else 0 for place in range(76)))
-AWQ = {"quantization_config": {"quant_method": "awq"}}
-MIXTURE = {"num_experts": 64}
-
-
-def started(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    config: Mapping[str, Any],
-    *,
-    written: bytes = TABLE,
-    proof: KernelProof = KernelProof({EXPERTS: (8, 64)}, (), (0,)),  # noqa: B008
-    overrides: FakeOverrides | None = None,
-) -> tuple[Exactness, FakeOverrides, tuple[bool, bool, str]]:
-    """A start of a model that TurboMind's own kernels serve; whether their table was exported and imported, and how they were
-    tuned."""
-    monkeypatch.setattr(kernels, "set_workspace", lambda _, gpus: None)
-    monkeypatch.setattr(kernels, "measure", lambda _, shapes: {shape: Permit((66,), 256) for shape in shapes})
-    monkeypatch.setattr(probe, "prove_pieces", lambda *_: "")
-    monkeypatch.setattr(probe, "prove_kernels", lambda *_: proof)
-    overrides = overrides or FakeOverrides({HEAD: 1})
-    monkeypatch.setattr(probe, "first_run", lambda *_: overrides.serve())
-    without(monkeypatch, "TM_GEMM_IMPORT", "TM_GEMM_EXPORT", "TM_GEMM_TUNE")
-    read = model.read(folder(tmp_path, CONFIG | dict(config)))
-    exactness = Exactness(TurbomindOptions(model=tmp_path, state_dir=tmp_path), read, cast(Overrides, overrides))
-    exactness.prepare(GPU, "0.18.0")
-    if exported := os.environ.get("TM_GEMM_EXPORT"):
-        Path(exported).parent.mkdir(exist_ok=True)
-        Path(exported).write_bytes(written)
-    exactness.prove(NATIVE)
-    tuned = os.environ.get("TM_GEMM_TUNE", "")
-    return exactness, overrides, (bool(exported), bool(os.environ.get("TM_GEMM_IMPORT")), tuned)
-
-
 @pytest.mark.parametrize("config", [AWQ, MIXTURE])
-def test_own_kernels_are_pinned_by_the_first_start(
-    config: Mapping[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_own_kernels_are_pinned_by_the_first_start(config: Mapping[str, Any], start: Start) -> None:
     """TurboMind chooses them by timing: the first choice is exported and proved, and imported from then on with the same
     permits while its file is unharmed. The digest of the kernel plan stays."""
-    seen = []
+    told, plans, served = [], set(), []
     for damage in (False, False, True):
         if damage:
-            next((tmp_path / "turbomind").glob("kernels-*.bin")).write_bytes(b"other")
-        exactness, overrides, how = started(tmp_path, monkeypatch, config)
-        assert exactness.manifest is not None
+            next((start.folder / "turbomind").glob("kernels-*.bin")).write_bytes(b"other")
+        overrides = FakeOverrides({HEAD: 1})
+        exactness = start(overrides, config=config)
         assert exactness.ceiling[0] == types_pb2.GRADE_EXACT
-        seen.append((how, exactness.fields["kernel_plan"], overrides.served))
+        told.append([name for name in ("TM_GEMM_EXPORT", "TM_GEMM_IMPORT") if name in os.environ])
+        assert os.environ["TM_GEMM_TUNE"] == "max_splits=1"
+        plans.add(exactness.fields["kernel_plan"])
+        served.append(overrides.served)
 
-    tuned = "max_splits=1"
-    assert [how for how, _, _ in seen] == [(True, False, tuned), (False, True, tuned), (True, False, tuned)]
-    assert len({plan for _, plan, _ in seen}) == 1
-    assert seen[1][2] == {EXPERTS.numbers: (8, 64)}
+    assert told == [["TM_GEMM_EXPORT"], ["TM_GEMM_IMPORT"], ["TM_GEMM_EXPORT"]]
+    assert len(plans) == 1
+    assert served[1] == {EXPERTS.numbers: (8, 64)}
 
 
-def test_other_kernels_are_another_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_kernels_are_another_plan(start: Start) -> None:
     """The table, and which of its kernels may serve, are part of the digest."""
     plans = set()
-    for number, (written, permitted) in enumerate(((TABLE, (8,)), (TABLE, (8, 64)), (TABLE[:-4] + b"more", (8, 64)))):
+    for written, permitted in ((TABLE, (8,)), (TABLE, (8, 64)), (TABLE[:-4] + b"more", (8, 64))):
         proof = KernelProof({EXPERTS: permitted}, (), (0,))
-        own = tmp_path / str(number)
-        own.mkdir()
-        plans.add(started(own, monkeypatch, MIXTURE, written=written, proof=proof)[0].fields["kernel_plan"])
+        plans.add(start(FakeOverrides({HEAD: 1}), config=MIXTURE, written=written, proof=proof).fields["kernel_plan"])
+        shutil.rmtree(start.folder / "turbomind")
 
     assert len(plans) == 3
 
@@ -303,37 +282,36 @@ def test_other_kernels_are_another_plan(tmp_path: Path, monkeypatch: pytest.Monk
         (TABLE.replace(b"\x06", b"\x07", 1), KernelProof({}, (), ()), "table of kernels is of version 7"),
     ],
 )
-def test_own_kernels_that_are_not_proved_cost_the_grade(
-    written: bytes, proof: KernelProof, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_own_kernels_that_are_not_proved_cost_the_grade(written: bytes, proof: KernelProof, why: str, start: Start) -> None:
     """The reason names the kernel, or what is wrong with TurboMind's table; it is the same at the next start."""
     for _ in range(2):
-        exactness, _, _ = started(tmp_path, monkeypatch, MIXTURE, written=written, proof=proof)
+        grade, reason = start(FakeOverrides({HEAD: 1}), config=MIXTURE, written=written, proof=proof).ceiling
 
-        assert exactness.ceiling[0] == types_pb2.GRADE_BEST_EFFORT
-        assert why in exactness.ceiling[1]
+        assert grade == types_pb2.GRADE_BEST_EFFORT
+        assert why in reason
 
 
-def test_a_table_that_turbomind_ignores_costs_the_grade(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_that_turbomind_ignores_costs_the_grade(start: Start) -> None:
     """It says nothing when it imports no record of a table: a run has to be served with what is permitted."""
-    started(tmp_path, monkeypatch, MIXTURE)
+    start(FakeOverrides({HEAD: 1}), config=MIXTURE)
     overrides = FakeOverrides({HEAD: 1})
     overrides.ignores_kernels = True
-    exactness, _, _ = started(tmp_path, monkeypatch, MIXTURE, overrides=overrides)
+    grade, reason = start(overrides, config=MIXTURE).ceiling
 
-    assert exactness.ceiling[0] == types_pb2.GRADE_BEST_EFFORT
-    assert "does not serve with the kernels of kernels-" in exactness.ceiling[1]
+    assert grade == types_pb2.GRADE_BEST_EFFORT
+    assert "does not serve with the kernels of kernels-" in reason
 
 
-def test_own_kernels_that_are_not_pinned_cost_the_grade(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_own_kernels_that_are_not_pinned_cost_the_grade(start: Start) -> None:
     """Without the override, TurboMind's own kernels are not pinned, which costs the grade."""
     overrides = FakeOverrides({HEAD: 1})
     overrides.omitted = frozenset({"lookup"})
-    exactness, _, how = started(tmp_path, monkeypatch, AWQ, overrides=overrides)
+    grade, reason = start(overrides, config=AWQ).ceiling
 
-    assert (how, overrides.served) == ((False, False, ""), {})
-    assert exactness.ceiling[0] == types_pb2.GRADE_BEST_EFFORT
-    assert "not pinned" in exactness.ceiling[1]
+    assert not [name for name in os.environ if name.startswith("TM_GEMM_")]
+    assert not overrides.served
+    assert grade == types_pb2.GRADE_BEST_EFFORT
+    assert "not pinned" in reason
 
 
 def test_without_lmdeploy_it_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

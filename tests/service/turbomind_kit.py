@@ -131,7 +131,7 @@ class FakeOverrides:
         self._shapes, self._uncovered_n = shapes or {}, uncovered_n
         self.counters = Counters(dict.fromkeys(REQUIRED, calls), 7, uncovered)
         self.served: dict[tuple[int, ...], Sequence[int]] = {}
-        self.ignores_kernels = False
+        self.ran_pieces = self.ignores_kernels = False
         self.modes: list[Mode] = []
         self.permitted: dict[Shape, tuple[int, ...]] = {}
         self.preferred: list[tuple[Shape, int, bytes]] = []
@@ -141,6 +141,7 @@ class FakeOverrides:
         return 130100, "/somewhere/libcublasLt.so.13"
 
     def shapes(self) -> Mapping[Shape, int]:
+        assert self.ran_pieces, "a prompt in pieces may record more tokens of a product"
         return self._shapes
 
     def permit(self, shape: Shape, algorithms: tuple[int, ...]) -> None:
