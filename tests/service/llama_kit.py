@@ -41,7 +41,9 @@ class Bench:
         self._ids = itertools.count(1)
         self._ends: dict[int, asyncio.Future[engine_pb2.RunEvent]] = {}
         self._news = asyncio.Event()
-        engine.start(self._on_events, lambda grade, why: None)
+        self.falls: list[str] = []
+        """Of the grade, with their reasons."""
+        engine.start(self._on_events, lambda grade, why: self.falls.append(f"{types_pb2.Grade.Name(grade)}: {why}"))
 
     def _on_events(self, events: Events) -> None:
         self.events += events

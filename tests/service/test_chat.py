@@ -27,23 +27,8 @@ _NAMES = """<|im_start|> <|im_end|> <|begin|> <|end|> <|start_header_id|> <|end_
 <｜User｜> <｜Assistant｜> <｜end▁of▁sentence｜> <｜tool▁calls▁begin｜> <｜tool▁sep｜>"""
 CONTROLS = {text: 0x200000 + index for index, text in enumerate(_NAMES.split())}
 TOKENS = {"bos_token": "<|begin|>", "eos_token": "<|end|>"}
-_OTHERS = [
-    "Hi",
-    " ",
-    "\n",
-    "</think>",
-    "<think>",
-    "<tool_response>",
-    "</tool_response>",
-    '"',
-    "é上𝄞",
-    "<b>",
-    "&",
-    "<|im_",
-    "end|>",
-    "<",
-]
-WORDS = st.sampled_from([*_OTHERS, *CONTROLS])
+_OTHERS = 'Hi </think> <think> <tool_response> </tool_response> " é上𝄞 <b> & <|im_ end|> <'
+WORDS = st.sampled_from([" ", "\n", *_OTHERS.split(), *CONTROLS])
 TEXT = st.lists(WORDS, max_size=4).map("".join)
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-9, 9) | TEXT,

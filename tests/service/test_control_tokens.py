@@ -94,23 +94,8 @@ def vocabulary(path: Path, made: Tokenizer) -> HuggingFaceVocabulary:
     return HuggingFaceVocabulary(read(path))
 
 
-WORDS = st.sampled_from(
-    [
-        *(spelled(name, False) for name in NAMES),
-        THINK,
-        " ",
-        "  ",
-        "\n",
-        "a",
-        "Hi",
-        "<|",
-        "|>",
-        "<|END|>",
-        "＜|end|>",
-        "é",
-        "x y",
-    ]
-)
+PARTS = " ;  ;\n;a;Hi;<|;|>;<|END|>;＜|end|>;é;x y"
+WORDS = st.sampled_from([*(spelled(name, False) for name in NAMES), THINK, *PARTS.split(";")])
 CHATS = st.lists(st.lists(WORDS, max_size=5).map("".join), min_size=1, max_size=2)
 
 

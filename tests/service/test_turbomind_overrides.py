@@ -8,6 +8,8 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -248,8 +250,16 @@ def stand_ins(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     return tmp_path
 
 
-def drive(folder: Path, script: str, *, before: str = "", splits: int = 4, omit: str = "") -> Any:
-    """Runs the script in a new process and returns the JSON that it prints."""
+Drive = Callable[..., Any]
+
+
+@pytest.fixture
+def drive(stand_ins: Path) -> Drive:
+    """Runs a script in a new process of such a host, and returns the JSON that it prints."""
+    return partial(_drive, stand_ins)
+
+
+def _drive(folder: Path, script: str, *, before: str = "", splits: int = 4, omit: str = "") -> Any:
     path = build(folder / "state")
     program = PRELUDE + before + textwrap.dedent(script)
     env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT}/proto", "LD_LIBRARY_PATH": str(folder), "OSTINATO_TURBOMIND_OMIT": omit}
@@ -264,17 +274,16 @@ def drive(folder: Path, script: str, *, before: str = "", splits: int = 4, omit:
     return json.loads(done.stdout)
 
 
-def test_attention_is_cut_into_a_constant_number_of_parts(stand_ins: Path) -> None:
+def test_attention_is_cut_into_a_constant_number_of_parts(drive: Drive) -> None:
     """The number of parts is constant, except that a request for at most one part gets one."""
     script = "print(json.dumps([turbomind.drive_split(n) for n in (0, 1, 2, 7, 128)]))"
 
-    assert drive(stand_ins, script, splits=8) == [1, 1, 8, 8, 8]
+    assert drive(script, splits=8) == [1, 1, 8, 8, 8]
 
 
-def test_every_top_k_is_sorted_by_the_largest_kernel(stand_ins: Path) -> None:
+def test_every_top_k_is_sorted_by_the_largest_kernel(drive: Drive) -> None:
     """TurboMind's own function is called with its maximum raised to 1024, and never lowered."""
     found = drive(
-        stand_ins,
         """
         found = [turbomind.drive_top_k(k) for k in (1, 40, 1024, 5000)]
         print(json.dumps([found, overrides.counters.calls]))
@@ -284,10 +293,9 @@ def test_every_top_k_is_sorted_by_the_largest_kernel(stand_ins: Path) -> None:
     assert found == [[1024, 1024, 1024, 5000], {"split_count": 0, "top_k": 4, "gemm": 0, "resume": 0, "piece": 0, "lookup": 0}]
 
 
-def test_left_out_overrides_behave_as_stock_and_still_count(stand_ins: Path) -> None:
+def test_left_out_overrides_behave_as_stock_and_still_count(drive: Drive) -> None:
     """An override that is left out has TurboMind's own behaviour, and counts its calls."""
     found = drive(
-        stand_ins,
         """
         overrides.mode(Mode.LEARN), gemm(3), overrides.mode(Mode.SERVE)
         found = [turbomind.drive_split(7), turbomind.drive_top_k(40), gemm(3)[1][0], overrides.counters.calls]
@@ -315,11 +323,11 @@ print(json.dumps([[turbomind.drive_resume(*each) for each in ((129, 128), (130, 
     ],
 )
 def test_a_rest_of_one_token_is_made_one_of_two(
-    mode: str, omit: str, planned: list[int], seen: list[int], corrected: int, stand_ins: Path
+    mode: str, omit: str, planned: list[int], seen: list[int], corrected: int, drive: Drive
 ) -> None:
     """A rest of one token becomes one of two, and no other plan changes. Watching writes nothing, and without it nothing is
     read; leaving the override out only watches."""
-    found = drive(stand_ins, f"overrides.resume(Resume.{mode})" + RESUMES, omit=omit)
+    found = drive(f"overrides.resume(Resume.{mode})" + RESUMES, omit=omit)
 
     assert found == [planned, seen, corrected, 6]
 
@@ -348,11 +356,10 @@ PIECE, STEP, CONTEXT = 256, 576, 4096
 """
 
 
-def test_a_prompt_is_cut_by_its_own_length_alone(stand_ins: Path) -> None:
+def test_a_prompt_is_cut_by_its_own_length_alone(drive: Drive) -> None:
     """Pieces end at multiples of the constant, whatever runs beside the prompt and wherever its cached beginning ends; no piece
     has one token."""
     found = drive(
-        stand_ins,
         """
         overrides.pieces(PIECE, STEP, CONTEXT)
         lengths = [2, 255, 256, 257, 258, 511, 512, 513, 1000, 1024, 1025, 3000]
@@ -370,11 +377,10 @@ def test_a_prompt_is_cut_by_its_own_length_alone(stand_ins: Path) -> None:
     assert found[1:] == [True, [512, 700], [514]]
 
 
-def test_no_pass_leaves_out_what_runs(stand_ins: Path) -> None:
+def test_no_pass_leaves_out_what_runs(drive: Drive) -> None:
     """Whatever arrives: every decode and the prompt in pieces are in every pass, one prompt at most is in pieces, a pass
     holds no more tokens and contexts than it may, and every prompt comes to its end."""
     found = drive(
-        stand_ins,
         """
         overrides.pieces(PIECE, STEP, CONTEXT)
         draw, running, done, passes = random.Random(5), [], 0, 0
@@ -415,10 +421,9 @@ def test_no_pass_leaves_out_what_runs(stand_ins: Path) -> None:
     assert found == [300, True, 0]
 
 
-def test_a_prompt_in_pieces_that_is_cancelled_holds_up_no_other(stand_ins: Path) -> None:
+def test_a_prompt_in_pieces_that_is_cancelled_holds_up_no_other(drive: Drive) -> None:
     """TurboMind would fail the oldest prompt of a pass that admits none: the next long prompt begins at once."""
     found = drive(
-        stand_ins,
         """
         overrides.pieces(PIECE, STEP, CONTEXT)
         first, second = Prompt(0, 1000, 0), Prompt(0, 900, 0)
@@ -434,19 +439,18 @@ def test_a_prompt_in_pieces_that_is_cancelled_holds_up_no_other(stand_ins: Path)
 
 
 @pytest.mark.parametrize(("setting", "omit"), [("", ""), ("overrides.pieces(PIECE, STEP, CONTEXT)", "piece")])
-def test_prompts_are_cut_as_turbomind_likes_unless_told(setting: str, omit: str, stand_ins: Path) -> None:
+def test_prompts_are_cut_as_turbomind_likes_unless_told(setting: str, omit: str, drive: Drive) -> None:
     """Before it is told, and where it is left out, the override only reads what TurboMind plans."""
     script = f"{setting}\nprint(json.dumps([cuts([1000, 600]), overrides.step, overrides.counters.cuts]))"
 
-    assert drive(stand_ins, script, before=PASSES, omit=omit) == [[[576, 1000], [128, 600]], [128, 600, 600], 0]
+    assert drive(script, before=PASSES, omit=omit) == [[[576, 1000], [128, 600]], [128, 600, 600], 0]
 
 
 @pytest.mark.parametrize("omit", ["", "lookup"])
-def test_own_kernels_are_looked_up_by_permitted_rows_alone(omit: str, stand_ins: Path) -> None:
+def test_own_kernels_are_looked_up_by_permitted_rows_alone(omit: str, drive: Drive) -> None:
     """Each product is served by the kernel of the next permitted number of rows, or of the last; other products, and those of a
     service without the override, by TurboMind's choice."""
     found = drive(
-        stand_ins,
         """
         product = lambda depth, by_columns=0: tuple(depth if i == 24 else by_columns if i == 20 else 0 for i in range(26))
         before = [turbomind.drive_lookup(m, 5, 0) for m in (1, 9, 64, 65)]
@@ -462,11 +466,10 @@ def test_own_kernels_are_looked_up_by_permitted_rows_alone(omit: str, stand_ins:
     assert found == ([stock, [stock] * 5, 0] if omit else [stock, pinned, 12])
 
 
-def test_products_are_learned_proved_and_served(stand_ins: Path) -> None:
+def test_products_are_learned_proved_and_served(drive: Drive) -> None:
     """Learning records shapes and leaves cuBLAS's choice; serving gives a row the same bits at every number of tokens, on the
     handle's stream."""
     found = drive(
-        stand_ins,
         """
         stock = gemm(5)
         overrides.mode(Mode.LEARN)
@@ -503,11 +506,10 @@ def test_products_are_learned_proved_and_served(stand_ins: Path) -> None:
     assert library in ("libcublasLt.so.12", "libcublasLt.so.13")
 
 
-def test_what_cannot_be_served_exactly_goes_to_cublas_and_is_counted(stand_ins: Path) -> None:
+def test_what_cannot_be_served_exactly_goes_to_cublas_and_is_counted(drive: Drive) -> None:
     """A number of tokens without a permitted algorithm, an unknown shape and a failing product each count as one uncovered
     call, and cuBLAS serves."""
     found = drive(
-        stand_ins,
         """
         shape = serve(66, 67)
         counts = [overrides.counters.uncovered]
@@ -524,10 +526,9 @@ def test_what_cannot_be_served_exactly_goes_to_cublas_and_is_counted(stand_ins: 
     assert found == [[0, [0, False, 0], [0, True, 1], [0, True, 2], [0, True, 3]], True, False]
 
 
-def test_others_who_use_cublas_are_left_alone(stand_ins: Path) -> None:
+def test_others_who_use_cublas_are_left_alone(drive: Drive) -> None:
     """Calls from other libraries get cuBLAS's own choice, and are not counted."""
     found = drive(
-        stand_ins,
         """
         overrides.mode(Mode.SERVE)
         other = ctypes.CDLL(str(folder / "other.so"))
@@ -541,24 +542,9 @@ def test_others_who_use_cublas_are_left_alone(stand_ins: Path) -> None:
     assert found == [0, 7777, 0, 0]
 
 
-def test_a_product_runs_on_its_handles_stream_in_the_lent_workspace(stand_ins: Path) -> None:
-    """A product runs on the handle's stream, in the workspace that was lent."""
+def test_a_product_runs_on_its_handles_stream_in_its_gpus_workspace(drive: Drive) -> None:
+    """A product runs on the handle's stream, in the workspace that was lent for its GPU."""
     found = drive(
-        stand_ins,
-        """
-        serve(66), gemm(3)
-        pointers = [value(name, ctypes.c_void_p).value for name in ("last_stream", "last_workspace")]
-        print(json.dumps([pointers == [HANDLE, ctypes.addressof(space)], value("last_bytes", ctypes.c_size_t).value]))
-        """,
-    )
-
-    assert found == [True, 64]
-
-
-def test_each_gpu_has_a_workspace_of_its_own(stand_ins: Path) -> None:
-    """Each GPU has its own workspace."""
-    found = drive(
-        stand_ins,
         """
         other = ctypes.create_string_buffer(32)
         overrides.set_workspace(1, other, ctypes.addressof(other), 32)
@@ -567,19 +553,20 @@ def test_each_gpu_has_a_workspace_of_its_own(stand_ins: Path) -> None:
         for device in (0, 1, 0):
             ctypes.c_int.in_dll(ctypes.CDLL("libcuda.so.1"), "current").value = device
             gemm(3)
-            used.append(value("last_workspace", ctypes.c_void_p).value)
-        print(json.dumps([{ctypes.addressof(space): 0, ctypes.addressof(other): 1}.get(each) for each in used]))
+            stream, memory = (value(name, ctypes.c_void_p).value for name in ("last_stream", "last_workspace"))
+            place = {ctypes.addressof(space): 0, ctypes.addressof(other): 1}.get(memory)
+            used.append([stream == HANDLE, place, value("last_bytes", ctypes.c_size_t).value])
+        print(json.dumps(used))
         """,
     )
 
-    assert found == [0, 1, 0]
+    assert found == [[True, 0, 64], [True, 1, 32], [True, 0, 64]]
 
 
-def test_the_fastest_serves_up_to_the_number_of_tokens_it_was_found_at(stand_ins: Path) -> None:
+def test_the_fastest_serves_up_to_the_number_of_tokens_it_was_found_at(drive: Drive) -> None:
     """Beyond the last, where none is named, and where it cannot run or wants more memory than there is, cublasLt's own
     favourite of those permitted does."""
     found = drive(
-        stand_ins,
         """
         shape = serve(66, 67)
         code = lambda n, algorithm: next(c.code for c in overrides.offers(shape, n) if c.algorithm == algorithm)
@@ -598,10 +585,9 @@ def test_the_fastest_serves_up_to_the_number_of_tokens_it_was_found_at(stand_ins
     assert found == [{"1": 700, "2": 700, "3": 800, "4": 800, "5": 5, "7": 7, "10": 10, "11": 9, "14": 14}, 0]
 
 
-def test_a_candidate_is_tried_many_times_on_other_weights_each_time(stand_ins: Path) -> None:
+def test_a_candidate_is_tried_many_times_on_other_weights_each_time(drive: Drive) -> None:
     """Timed products use copies of the weights in turn, and a candidate that cannot run is reported."""
     found = drive(
-        stand_ins,
         """
         overrides.mode(Mode.LEARN), gemm(1)
         shape, = overrides.shapes()
@@ -650,11 +636,10 @@ def test_without_a_compiler_the_reason_is_said(
         build(tmp_path / "state")
 
 
-def test_products_with_few_outputs_are_padded(stand_ins: Path) -> None:
+def test_products_with_few_outputs_are_padded(drive: Drive) -> None:
     """For most numbers of tokens cublasLt has other algorithms for them: they are computed for the next multiple of eight, with
     nothing read or written behind their own rows."""
     found = drive(
-        stand_ins,
         """
         M = 1
         large = ctypes.create_string_buffer(4096)
