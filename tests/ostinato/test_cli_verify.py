@@ -255,7 +255,8 @@ def test_a_file_without_a_record(tmp_path: Path, content: bytes, said: list[str]
 
 def test_without_cryptography_a_key_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the package `cryptography` is not installed, --key says what to install; without --key nothing needs it."""
-    monkeypatch.setitem(sys.modules, "cryptography", None)
+    for name in ["cryptography", *(each for each in sys.modules if each.startswith("cryptography."))]:
+        monkeypatch.setitem(sys.modules, name, None)
     (tmp_path / "key").write_text("-----BEGIN PUBLIC KEY-----")
 
     result = _verify(json.dumps(_dict(RECORD)), "--key", str(tmp_path / "key"))

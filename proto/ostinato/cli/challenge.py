@@ -54,7 +54,7 @@ async def challenge(
         return FAILED
     seed = secrets.randbits(64) if seed is None else seed
     chosen, verdicts = choice(list(known.records.values()), count, seed), Counter[str]()
-    async with session.at("--against", against).client(RESPONSE_BYTES) as client:
+    async with session.against(against).client(RESPONSE_BYTES) as client:
         with show.progress("challenge", len(chosen)) as done:
             elsewhere = Elsewhere(client, session.timeout)
             async with aclosing(bounded_gather(_runs(elsewhere, chosen), CONCURRENCY)) as runs:

@@ -72,9 +72,9 @@ def _points(axes: Axes, number: int, name: str, at: Sequence[float | datetime], 
         [max(0.0, rate.value - rate.lower) for rate in rates],
         [max(0.0, rate.upper - rate.value) for rate in rates],
     ]
-    values = [rate.value for rate in rates]
-    axes.errorbar(at, values, yerr=whiskers, fmt="none", ecolor=_colour(number), capsize=3, linewidth=1)  # type: ignore[arg-type]
-    axes.plot(at, values, "o", color=_colour(number), label=name, gid=f"points-{number}", clip_on=False)  # type: ignore[arg-type]
+    values, colour = [rate.value for rate in rates], COLOURS[number % len(COLOURS)]
+    axes.errorbar(at, values, yerr=whiskers, fmt="none", ecolor=colour, capsize=3, linewidth=1)  # type: ignore[arg-type]
+    axes.plot(at, values, "o", color=colour, label=name, gid=f"points-{number}", clip_on=False)  # type: ignore[arg-type]
 
 
 def _bucket(share: CompanyShare) -> tuple[bool, int]:
@@ -89,7 +89,3 @@ def _percent(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e4e8ed", linewidth=0.7)
     axes.set_axisbelow(True)
-
-
-def _colour(number: int) -> str:
-    return COLOURS[number % len(COLOURS)]

@@ -237,24 +237,20 @@ class Prompts:
     """Of each chat that has none of its own; as of `chat_arguments`."""
 
     def __iter__(self) -> Iterator[Prompt]:
-        for prompt in chain(self._texts(), self._messages(), self._lines()):
+        for prompt in self._given():
             item = self._chat(prompt.item)
             yield from repeat(Prompt(item, prompt.place), self.n)
 
-    def _texts(self) -> Iterator[Prompt]:
-        """Each argument is a prompt; `-` is one prompt per line of stdin, without blank lines."""
+    def _given(self) -> Iterator[Prompt]:
+        """An argument is a prompt; `-` is one per line of stdin, as of the file without blank lines."""
         for number, argument in enumerate(self.texts, 1):
             for place, text in _lines(STDIN) if argument == STDIN else [(f"prompt {number}", argument)]:
                 with usage(place):
                     yield Prompt(requests.item(text, "text"), place)
-
-    def _messages(self) -> Iterator[Prompt]:
         if self.messages is not None:
             with usage("--messages"):
                 given = documents.loads(_text_or_file("--messages", self.messages))
                 yield Prompt(types_pb2.Item(chat=requests.chat(given)), "--messages")
-
-    def _lines(self) -> Iterator[Prompt]:
         for place, line in _lines(self.file) if self.file is not None else ():
             with usage(place):
                 yield Prompt(_item(documents.loads(line)), place)

@@ -39,19 +39,19 @@ class Session:
     """The options of a call that all commands have."""
 
     target: str = DEFAULT_TARGET
+    target_option: str = "--target"
     json: bool = False
     timeout: float | None = None
     credentials: grpc.ChannelCredentials | None = None
     token: str | None = field(default=None, repr=False)
     allow_plaintext_token: bool = False
 
-    def at(self, option: str, target: str) -> Session:
-        """For another sidecar, which this option names."""
-        with options(target=option):
-            return replace(self, target=requests.target(target))
+    def against(self, target: str) -> Session:
+        """For another sidecar, which --against names."""
+        return replace(self, target=target, target_option="--against")
 
     def client(self, max_response_bytes: int = DEFAULT_RESPONSE_BYTES) -> Client:
-        with usage():
+        with options(target=self.target_option, token="token"):  # noqa: S106  # an argument of which no option has the name
             return Client(
                 self.target,
                 credentials=self.credentials,
@@ -280,8 +280,6 @@ def _token(file: Path | None) -> str | None:
 def _with(session: Session, target: str | None, json: bool | None, timeout: float | None) -> Session:
     with options():
         requests.seconds(timeout)
-        if target is not None:
-            requests.target(target)
     given = {"target": target, "json": json, "timeout": timeout}
     return replace(session, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import urllib.request
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from http.client import HTTPException
@@ -245,7 +245,7 @@ class Verification:
             case sequencer_pb2.HeadResponse():
                 self._head_response(place, message)
             case types_pb2.Receipt():
-                self._receipt(place, message, chain.check_receipt(message))
+                self._receipt(place, message, chain.check_receipt(message), {})
             case sequencer_pb2.Entry():
                 self._entry(place, message, value.get("decoded"))
             case generation_pb2.GenerateResponse():
@@ -268,9 +268,8 @@ class Verification:
     def _result(self, place: str, result: types_pb2.Result) -> None:
         place = f"{place}: sequence {result.sequence}"
         if result.HasField("receipt"):
-            self._receipt(place, result.receipt, chain.check_result(result), output=True)
-            self._name_uncovered("", result)
-            self._name_uncovered("output.", result.output)
+            parts = {"": result, "output.": result.output}
+            self._receipt(place, result.receipt, chain.check_result(result), parts)
         elif result.HasField("output"):
             self._fault(place, CONSISTENT, "receipt: missing")
         else:
@@ -279,11 +278,8 @@ class Verification:
     def _record(self, place: str, record: sequencer_pb2.ItemRecord) -> None:
         place = f"{place}: sequence {record.admitted.sequence}"
         if record.result.HasField("receipt"):
-            self._receipt(place, record.result.receipt, chain.check_record(record), output=True)
-            self._name_uncovered("", record.result)
-            self._name_uncovered("output.", record.result.output)
-            self._name_uncovered("admitted.", record.admitted)
-            self._name_uncovered("input.", record.input)
+            parts = {"": record.result, "output.": record.result.output, "admitted.": record.admitted, "input.": record.input}
+            self._receipt(place, record.result.receipt, chain.check_record(record), parts)
         else:
             missing = ["receipt: missing"] if record.result.HasField("output") else []
             self._fault(place, CONSISTENT, *chain.check_record(record), *missing)
@@ -297,11 +293,14 @@ class Verification:
             self._fault(place, CONSISTENT, "stamp: is not that of the receipts")
         self._name_uncovered("stamp.", stamp)
 
-    def _receipt(self, place: str, receipt: types_pb2.Receipt, faults: list[str], *, output: bool = False) -> None:
+    def _receipt(self, place: str, receipt: types_pb2.Receipt, faults: list[str], parts: Mapping[str, Message]) -> None:
+        """`parts`: the messages that it covers, by the prefix of their fields."""
         header = receipt.header
         proof = self._proof("receipt", place, header.log_id, header.index, receipt.entry_hash)
-        if output:
+        if parts:
             proof.text = header.form > 0
+            for prefix, part in parts.items():
+                self._name_uncovered(prefix, part)
         elif receipt.nonce:
             self._uncovered.add("nonce")
         self._settle(proof, CONSISTENT, *faults)
