@@ -271,23 +271,20 @@ class Fake(generation_pb2_grpc.GenerationServicer, sequencer_pb2_grpc.SequencerS
             raise errors.NotFound(f"the newest sequence is {newest}")
         wanted = range(request.range.first, min(request.range.last, newest) + 1)
         for seen, sequence in enumerate(wanted, 1):
-            counted: dict[str, Any] = {"seen": seen, "total": len(wanted)}
             record = self.records[sequence]
+            response = sequencer_pb2.ReplayResponse(seen=seen, total=len(wanted))
             if record.outcome.kind != types_pb2.ENTRY_KIND_COMPLETED:
-                yield sequencer_pb2.ReplayResponse(passed_over=[sequence], **counted)
+                response.passed_over.append(sequence)
+                yield response
                 continue
-            made = types_pb2.Comparison(
-                sequence=sequence,
-                kind=types_pb2.COMPARISON_KIND_REPLAY,
-                verdict=types_pb2.VERDICT_MATCH,
-                compared_tokens=4,
-            )
-            if sequence not in self.diverging:
-                yield sequencer_pb2.ReplayResponse(comparison=made, **counted)
-                continue
-            made.verdict, made.first_difference, made.compared_tokens, made.margin = types_pb2.VERDICT_DIVERGED, 2, 2, 0.25
-            made.actual.CopyFrom(self.another(record.result.output))
-            yield sequencer_pb2.ReplayResponse(comparison=made, record=record, **counted)
+            made = response.comparison
+            made.sequence, made.kind = sequence, types_pb2.COMPARISON_KIND_REPLAY
+            made.verdict, made.compared_tokens = types_pb2.VERDICT_MATCH, 4
+            if sequence in self.diverging:
+                made.verdict, made.first_difference, made.compared_tokens, made.margin = types_pb2.VERDICT_DIVERGED, 2, 2, 0.25
+                made.actual.CopyFrom(self.another(record.result.output))
+                response.record.CopyFrom(record)
+            yield response
 
     def another(self, output: types_pb2.Output) -> types_pb2.Output:
         """The same up to token 2, which is the next one."""

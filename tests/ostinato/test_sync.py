@@ -47,39 +47,33 @@ CALLS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-async def _in_a_loop(target: str) -> list[object]:
-    async def outcome(answer: Any) -> object:
-        try:
-            return [each async for each in answer] if inspect.isasyncgen(answer) else await answer
-        except errors.OstinatoError as error:
-            return repr(error)
-
-    async with Client(target) as client:
-        return [await outcome(call(client)) for call in CALLS.values()]
-
-
-def _without(target: str) -> list[object]:
-    def outcome(call: Callable[[Any], Any]) -> object:
+async def _answers(client: Any) -> list[object]:
+    """Of a client of either kind to all calls."""
+    answers = []
+    for call in CALLS.values():
         try:
             answer = call(client)
-            return list(answer) if inspect.isgenerator(answer) else answer
+            if inspect.isasyncgen(answer):
+                answer = [each async for each in answer]
+            elif inspect.iscoroutine(answer):
+                answer = await answer
+            answers.append(list(answer) if inspect.isgenerator(answer) else answer)
         except errors.OstinatoError as error:
-            return repr(error)
-
-    with SyncClient(target) as client:
-        return [outcome(call) for call in CALLS.values()]
+            answers.append(repr(error))
+    return answers
 
 
 def test_both_clients_give_the_same_answers() -> None:
     """Every public method, called alike on two equal sidecars, returns equal messages or raises equal errors."""
-    methods = {name for name, _ in inspect.getmembers(Client, inspect.isfunction) if not name.startswith("_")}
-    assert (
-        methods
-        == {*CALLS, "close"}
-        == {name for name, _ in inspect.getmembers(SyncClient, inspect.isfunction) if not name.startswith("_")}
-    )
-    with serving_apart(Fake()) as one, serving_apart(Fake()) as other:
-        assert asyncio.run(_in_a_loop(one)) == _without(other)
+    for kind in (Client, SyncClient):
+        assert {name for name, _ in inspect.getmembers(kind, inspect.isfunction) if name[0] != "_"} == {*CALLS, "close"}
+
+    async def in_a_loop() -> list[object]:
+        async with Client(one) as client:
+            return await _answers(client)
+
+    with serving_apart(Fake()) as one, serving_apart(Fake()) as other, SyncClient(other) as blocking:
+        assert asyncio.run(in_a_loop()) == asyncio.run(_answers(blocking))
 
 
 def test_both_clients_have_the_same_signatures() -> None:
