@@ -231,10 +231,10 @@ class Ledger:
 
     def append(self, draft: Draft) -> Appended:
         match draft:
-            case Admission():
-                return self._admit(draft)
             case Outcome():
                 return self._end(draft)
+            case Admission():
+                return self._admit(draft)
             case Audit():
                 return Appended((self._audit(draft),))
             case Note(name, value):
@@ -400,16 +400,10 @@ class Ledger:
         """A header with what every entry about an item repeats of its ADMITTED entry."""
         assert admitted.kind == types_pb2.ENTRY_KIND_ADMITTED
         assert admitted.log_id == self.head.log_id
-        return types_pb2.EntryHeader(
-            kind=kind,
-            sequence=admitted.sequence,
-            first_sequence=admitted.first_sequence,
-            count=admitted.count,
-            seed=admitted.seed,
-            input_digest=admitted.input_digest,
-            fingerprint_digest=fingerprint_digest,
-            form=admitted.form,
-        )
+        header = types_pb2.EntryHeader()
+        header.CopyFrom(admitted)  # the fields that are not repeated are set by `_seal`
+        header.kind, header.fingerprint_digest = kind, fingerprint_digest
+        return header
 
     def _seal(self, header: types_pb2.EntryHeader, payload: Payload) -> Sealed:
         """A payload of an item has the item's nonce. Any other gets one here; nothing in it is ever redacted."""

@@ -336,13 +336,11 @@ class Tables(ABC):
 
     def index(self, entries: Sequence[Sealed]) -> None:
         """Where to look for items in these entries."""
-        headers, each = [entry.header for entry in entries], self.each
+        headers = [entry.header for entry in entries]
         if admitted := [header for header in headers if header.kind == types_pb2.ENTRY_KIND_ADMITTED]:
             self._write_items(admitted)
-        if outcomes := [(header.sequence, header.index) for header in headers if header.kind in OUTCOMES]:
-            each(_WRITE_OUTCOMES, outcomes)
-        if verified := [(header.sequence, header.index) for header in verifications(entries)]:
-            each(_WRITE_VERIFIED, verified)
+        self.each(_WRITE_OUTCOMES, [(header.sequence, header.index) for header in headers if header.kind in OUTCOMES])
+        self.each(_WRITE_VERIFIED, [(header.sequence, header.index) for header in verifications(entries)])
 
     def _write_twins(self, twins: Iterable[tuple[bytes, types_pb2.EntryHeader, bytes]]) -> None:
         """Tag, COMPLETED entry and output tag of each."""
