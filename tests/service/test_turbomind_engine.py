@@ -116,6 +116,8 @@ async def engine_of(
     end_process: Callable[[int], object] = sys.exit,
 ) -> AsyncIterator[TurbomindEngine]:
     exactness = Exactness(options, MODEL, cast(Overrides, overrides))
+    if not options.exact:
+        exactness.load()
     vocabulary = cast(HuggingFaceVocabulary, VOCABULARY)
     engine = TurbomindEngine(
         options, cast(Native, native), vocabulary, exactness, NO_FORMATS, blocks=4096, fields={"engine": "turbomind"},
@@ -128,8 +130,6 @@ async def engine_of(
 async def earned(native: Stepping, overrides: FakeOverrides, **options: Any) -> tuple[str, str]:
     """The grade that the service's self-test gives, and its reason."""
     async with engine_of(native, overrides, dataclasses.replace(OPTIONS, **options)) as engine:
-        if not engine.exactness.options.exact:
-            engine.exactness.load()
         held = HeldGrade()
         runs = Runs(engine, held, Metrics(registry()))
         runs.start()

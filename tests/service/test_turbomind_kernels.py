@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 
 from service.engines.turbomind.kernels import (
     PERIOD,
-    Choice,
     Manifest,
     Permit,
     Trial,
@@ -60,20 +59,16 @@ def measured(n: int, rank: int, seconds: float | None, algorithm: int = 66) -> T
         ([trial(1, 2, 66), trial(64, 2, 66), trial(1, 1, 31), trial(64, 1, 31, alike=False)], (66,)),
         ([*(trial(n, 0, 20, "y") for n in (1, 2)), *(trial(n, 1, 66) for n in (1, 2, 3))], (66,)),
         ([trial(n, rank, 20 + rank, "xy"[rank]) for n in (1, 2) for rank in (0, 1)], (20,)),
+        ([trial(1, 0, 66), trial(2, 0, 66), trial(5, 0, 20, alike=False)], (66,)),
+        ([trial(5, 0, 20, alike=False)], ()),
+        ([], ()),
     ],
 )
 def test_algorithms_with_equal_bits_are_permitted_together(trials: list[Trial], permitted: tuple[int, ...]) -> None:
     """Algorithms with equal bits form one class, whatever their tiles. One with other bits is not permitted, even if cublasLt
     prefers it for one token; nor one whose bits vary, between numbers of tokens or within one. The class that serves the
     most numbers of tokens is permitted, of equal classes the one that cublasLt ranks higher."""
-    assert choose(trials) == Choice(permitted, ())
-
-
-def test_what_no_permitted_algorithm_serves_is_named() -> None:
-    """Without any candidate nothing is permitted."""
-    assert choose([trial(1, 0, 66), trial(2, 0, 66), trial(5, 0, 20, alike=False)]) == Choice((66,), (5,))
-    assert choose([trial(5, 0, 20, alike=False)]) == Choice((), (5,))
-    assert choose([]) == Choice((), ())
+    assert choose(trials) == permitted
 
 
 @given(st.integers(1, 20_000))
@@ -201,10 +196,10 @@ class FakeTrials:
 def test_an_offer_for_one_number_of_tokens_serves_others_if_it_is_faster() -> None:
     """Each timed number has its fastest candidate of those that round alike; one that was not offered there is tried at all
     numbers that it will serve."""
-    choice, permit, trials = _measured(cast(Trials, FakeTrials(100)))
+    permit, trials = _measured(cast(Trials, FakeTrials(100)))
 
-    assert (choice.permitted, choice.missing) == ((66,), ())
     assert permit is not None
+    assert permit.algorithms == (66,)
     assert permit.fastest == tuple((n, "02" if 8 < n < 100 else "") for n in timed(100))
     assert permit.rows == 100
     assert {trial.n for trial in trials if trial.seconds} == {*timed(100), *(n for n in grid(100) if 8 < n < 97)}
@@ -212,19 +207,15 @@ def test_an_offer_for_one_number_of_tokens_serves_others_if_it_is_faster() -> No
 
 def test_a_winner_that_rounds_otherwise_in_between_takes_its_class_with_it() -> None:
     """A fastest candidate with other bits at a number between is dropped: 33 tokens are served as 48."""
-    choice, permit, _ = _measured(
+    permit, _ = _measured(
         cast(Trials, FakeTrials(100, lambda candidate, n: "odd" if candidate == FAST and n == 33 else str(candidate.algorithm)))
     )
 
-    assert (choice.permitted, permit.fastest if permit else None) == ((16,), ())
-    assert 33 in choice.missing
+    assert permit == Permit((16,), 100)
 
 
 def test_what_rounds_by_the_number_of_tokens_is_never_permitted() -> None:
-    """An algorithm whose bits depend on the number of tokens is never permitted; numbers without another are missing."""
-    choice, permit, _ = _measured(cast(Trials, FakeTrials(100, lambda candidate, n: f"{candidate.algorithm} {n}")))
+    """An algorithm whose bits depend on the number of tokens is never permitted; what serves one number serves no other."""
+    permit, _ = _measured(cast(Trials, FakeTrials(100, lambda candidate, n: f"{candidate.algorithm} {n}")))
 
-    assert choice.permitted == (16,)
-    assert set(choice.missing) == {*grid(100), *timed(100)} - {1}
-    assert permit is not None
-    assert permit.fastest == ((1, ""),)
+    assert permit == Permit((16,), 100, ((1, ""),))

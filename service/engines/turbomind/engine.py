@@ -71,7 +71,7 @@ class TurbomindEngine:
         self.fields, self.prefix_cache = fields, prefix_cache
         self.model_name, self.context_tokens = self.exactness.model.name, options.context_tokens
         self.piece_tokens = PIECE_TOKENS if self.exactness.overrides is not None else 0
-        self.chat, self.proof_seconds = vocabulary.chat, exactness.seconds
+        self.chat, self.ceiling, self.proof_seconds = vocabulary.chat, exactness.ceiling, exactness.seconds
         self.capacity = engine_pb2.Capacity(runs=options.runs, kv_blocks=blocks, block_tokens=BLOCK_TOKENS)
         self._batching: Batching | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -79,10 +79,6 @@ class TurbomindEngine:
         self._exact = True
         """Nothing was observed that must not happen."""
         self._closed = False
-
-    @property
-    def ceiling(self) -> tuple[types_pb2.Grade.ValueType, str]:
-        return self.exactness.ceiling
 
     def check_format(self, response_format: types_pb2.ResponseFormat) -> None:
         """Any thread; waits for xgrammar."""

@@ -68,15 +68,6 @@ class Trial:
         return self.candidate.algorithm
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """The algorithms that may serve a shape."""
-
-    permitted: tuple[int, ...]
-    missing: tuple[int, ...]
-    """Numbers of tokens, of those tried, that no permitted algorithm can serve."""
-
-
 def grid(n_max: int) -> list[int]:
     """Numbers of tokens to try: all small ones, and those around powers of two and half-way between, where kernels change."""
     found = set(range(1, ALL_BELOW)) | {n_max}
@@ -113,8 +104,8 @@ def fastest(trials: Iterable[Trial], permitted: Sequence[int]) -> dict[int, Cand
     return {n: candidate for n, (_, candidate) in best.items()}
 
 
-def choose(trials: Sequence[Trial]) -> Choice:
-    """The class that serves the most numbers of tokens; of equals, the one that cublasLt prefers."""
+def choose(trials: Sequence[Trial]) -> tuple[int, ...]:
+    """The algorithms of the class that serves the most numbers of tokens; of equals, of the one that cublasLt prefers."""
     classes: list[tuple[dict[int, str], set[int]]] = []
     for algorithm in dict.fromkeys(trial.algorithm for trial in sorted(trials, key=lambda trial: (trial.rank, -trial.n))):
         digests = _row_digests([trial for trial in trials if trial.algorithm == algorithm])
@@ -127,13 +118,9 @@ def choose(trials: Sequence[Trial]) -> Choice:
                 break
         else:
             classes.append((dict(digests), {algorithm}))
-    wanted = {trial.n for trial in trials}
-    if not classes:
-        return Choice((), tuple(sorted(wanted)))
-    served = [_served(members, trials) for _, members in classes]
-    best = max(range(len(classes)), key=lambda i: (len(served[i]), -sum(served[i].values())))
-    permitted = tuple(sorted(classes[best][1]))[:PERMITTED_MAX]
-    return Choice(permitted, tuple(sorted(wanted - set(_served(set(permitted), trials)))))
+    ranks = [(members, _ranks(members, trials)) for _, members in classes]
+    best, _ = max(ranks, key=lambda each: (len(each[1]), -sum(each[1].values())), default=(set[int](), {}))
+    return tuple(sorted(best))[:PERMITTED_MAX]
 
 
 def _row_digests(trials: Iterable[Trial]) -> Mapping[int, str] | None:
@@ -145,8 +132,8 @@ def _row_digests(trials: Iterable[Trial]) -> Mapping[int, str] | None:
     return digests
 
 
-def _served(members: set[int], trials: Iterable[Trial]) -> Mapping[int, int]:
-    """By number of tokens, the best rank among these algorithms."""
+def _ranks(members: set[int], trials: Iterable[Trial]) -> Mapping[int, int]:
+    """By number of tokens that one of these algorithms serves, the best rank among them."""
     best: dict[int, int] = {}
     for trial in trials:
         if trial.algorithm in members:
@@ -286,11 +273,6 @@ _BITS = {2: "int16", 4: "int32"}
 _CHUNK = 256 * PERIOD
 
 
-def can_try(shape: Shape) -> bool:
-    """Whether matrices of its types can be made."""
-    return not shape.transb and {shape.a_type, shape.b_type, shape.c_type} <= _TORCH_TYPES.keys()
-
-
 class Trials:
     """One product on this GPU, with random weights and PERIOD random rows, repeated. Raises torch's OutOfMemoryError."""
 
@@ -421,8 +403,9 @@ def measure(overrides: Overrides, shapes: Mapping[Shape, int]) -> dict[Shape, Pe
     permits: dict[Shape, Permit] = {}
     for shape, rows in sorted(shapes.items()):
         began = time.monotonic()
+        matrices_can_be_made = not shape.transb and {shape.a_type, shape.b_type, shape.c_type} <= _TORCH_TYPES.keys()
         try:
-            choice, permit, trials = _measured(Trials(overrides, shape, rows)) if can_try(shape) else (Choice((), ()), None, [])
+            permit, trials = _measured(Trials(overrides, shape, rows)) if matrices_can_be_made else (None, [])
         except torch.cuda.OutOfMemoryError as error:
             raise NoOverrides("there is not enough GPU memory left to try the products: lower --cache-fraction") from error
         torch.cuda.empty_cache()
@@ -433,19 +416,19 @@ def measure(overrides: Overrides, shapes: Mapping[Shape, int]) -> dict[Shape, Pe
             extra={
                 "m": shape.m, "k": shape.k, "rows": rows, "tried": sorted({trial.algorithm for trial in trials}),
                 "configurations": len({trial.candidate.config for trial in trials}), "trials": len(trials),
-                "permitted": choice.permitted, "missing": choice.missing, "seconds": round(time.monotonic() - began, 3),
+                "permitted": permit.algorithms if permit else (), "seconds": round(time.monotonic() - began, 3),
             },
         )  # fmt: skip
     return permits
 
 
-def _measured(product: Trials) -> tuple[Choice, Permit | None, list[Trial]]:
+def _measured(product: Trials) -> tuple[Permit | None, list[Trial]]:
     """Tries what cublasLt offers for each number of tokens. Then times all permitted candidates, also at numbers for which they
     were not offered, because the one that cublasLt prefers takes up to three times as long as the fastest. At last tries the
     fastest ones at all numbers that they will serve."""
     every = _computed(product.shape, grid(product.rows))
     trials = [trial for n in every for trial in product.offered(n)]
-    permitted = choose(trials).permitted
+    permitted = choose(trials)
     pool = {trial.candidate.config: trial.candidate for trial in trials if trial.algorithm in permitted}
     for n in _computed(product.shape, timed(product.rows)):
         trials += product.timed(n, pool.values())
@@ -457,12 +440,11 @@ def _measured(product: Trials) -> tuple[Choice, Permit | None, list[Trial]]:
         above = next((w for w in winners if w >= n), n)
         if n not in winners and (winner := winners.get(above)) is not None:
             trials += product.timed(n, [winner])
-    choice = choose(trials)
-    if not choice.permitted:
-        return choice, None, trials
+    if not (serving := choose(trials)):
+        return None, trials
     codes = tuple((n, "" if winner is None else winner.code.hex()) for n, winner in winners.items())
-    kept = {winner.algorithm for winner in winners.values() if winner is not None} <= set(choice.permitted)
-    return choice, Permit(choice.permitted, product.rows, codes if kept else ()), trials
+    kept = {winner.algorithm for winner in winners.values() if winner is not None} <= set(serving)
+    return Permit(serving, product.rows, codes if kept else ()), trials
 
 
 def _computed(shape: Shape, numbers: Iterable[int]) -> list[int]:
