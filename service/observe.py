@@ -150,8 +150,9 @@ class RunStatistics:
         purpose = self._submit.purpose
         name = enums.word(engine_pb2.Purpose, purpose).lower() if purpose else "self_test"
         self._metrics.ended(name, how).inc()
-        self._engine_span.end(error)
-        self._run.end(error)
+        if self._run is not OFF:
+            self._engine_span.end(error)
+            self._run.end(error)
 
     def _request(self) -> dict[str, tracing.Value]:
         """OpenTelemetry's attributes of the request."""

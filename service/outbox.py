@@ -67,12 +67,6 @@ class Outbox:
         urgent = self._welcome is not None or self._closed or self.error is not None
         return self._coalescer.ready(len(self._waiting) + urgent)
 
-    def next(self) -> engine_pb2.ExecuteResponse | None:
-        """What waits, as far as it fits one message. None: closed, and everything is taken. Raises what it failed with."""
-        if self.error is not None:
-            raise self.error
-        return None if self._closed and not self._waiting and self._welcome is None else self._frame()
-
     def _put_tokens(self, event: engine_pb2.RunEvent) -> None:
         found = self._tokens.get(event.run_id)
         if found is None:
@@ -84,7 +78,12 @@ class Outbox:
             tokens.logprobs.extend(event.tokens.logprobs)
             texts.append(event.tokens.text)
 
-    def _frame(self) -> engine_pb2.ExecuteResponse:
+    def next(self) -> engine_pb2.ExecuteResponse | None:
+        """What waits, as far as it fits one message. None: closed, and everything is taken. Raises what it failed with."""
+        if self.error is not None:
+            raise self.error
+        if self._closed and not self._waiting and self._welcome is None:
+            return None
         frame = engine_pb2.ExecuteResponse(welcome=self._welcome)
         self._welcome = None
         taken = 0

@@ -396,12 +396,12 @@ class Runs:
                     self._end(event.run_id).failed("failed", from_status(event.failed))
             event.run_id = run.submit.run_id
             delivered.append(event)
-        self._send(delivered)
+        if delivered:
+            self._send(delivered)
 
     def _send(self, events: Sequence[engine_pb2.RunEvent]) -> None:
-        if events:
-            assert self._deliver is not None, "a run has a user"
-            self._deliver(events)
+        assert self._deliver is not None, "a run has a user"
+        self._deliver(events)
 
     def _cancel(self, run_id: int) -> None:
         self.engine.cancel(run_id)

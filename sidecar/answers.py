@@ -27,9 +27,10 @@ MESSAGE_BYTES = 1 << 16
 """A message of tokens is closed at this size. Clients read 4 MiB; gRPC keeps one message of a lost call in memory."""
 PIECE_BYTES = 160
 """Memory of a waiting piece beside its bytes: Python objects."""
+RUN_BYTES = 400
+"""Memory of a run whose pieces wait, beside them."""
 RESULTS = generation_pb2.GenerateResponse.RESULTS_FIELD_NUMBER
-RUN_BYTES, RUN_FACTOR = 1024, 7
-"""Memory of a run that is not serialised, at worst: constant, and for each of its bytes."""
+TOKENS, RUNS = generation_pb2.GenerateEvent.TOKENS_FIELD_NUMBER, generation_pb2.Tokens.RUNS_FIELD_NUMBER
 
 
 class Waiter:
@@ -123,9 +124,7 @@ class StreamWaiter(Waiter):
         if not isinstance(last, _Tokens) or last.bytes > MESSAGE_BYTES:
             last = _Tokens()
             self._put(last)
-        before = last.held
-        last.add(run)
-        self._account.add(last.held - before)
+        self._account.add(last.add(run))
 
     def restarted(self, event: generation_pb2.Restarted) -> None:
         self._put_event(generation_pb2.GenerateEvent(restarted=event))
@@ -183,77 +182,46 @@ def _held(data: bytes) -> int:
     return COPIES * len(data) + PIECE_BYTES
 
 
-class _Run:
-    """Tokens of one item and attempt. The first piece stays a message, which is mostly all; further pieces are kept as bytes,
-    which are smaller. A message to whose text is appended would keep every earlier text."""
-
-    def __init__(self, first: generation_pb2.TokenRun) -> None:
-        self.attempt = first.attempt
-        self._first: generation_pb2.TokenRun | None = first
-        self._size = first.ByteSize()
-        self._pieces: list[bytes] = []
-        self.held = RUN_BYTES + RUN_FACTOR * self._size
-
-    def add(self, run: generation_pb2.TokenRun) -> int:
-        """Append the piece that continues the run. Its bytes."""
-        self.pack()
-        data = run.SerializeToString()
-        self._pieces.append(data)
-        self.held += PIECE_BYTES + len(data)
-        return len(data)
-
-    def pack(self) -> None:
-        """Serialise the first piece: the run will wait for longer."""
-        if self._first is not None:
-            self._pieces.append(self._first.SerializeToString())
-            self._first, self.held = None, PIECE_BYTES + self._size
-
-    def put_into(self, tokens: generation_pb2.Tokens) -> None:
-        if self._first is not None:
-            tokens.runs.append(self._first)
-            return
-        whole, *others = map(generation_pb2.TokenRun.FromString, self._pieces)
-        texts = [whole.text]
-        for run in others:
-            whole.token_ids.extend(run.token_ids)
-            whole.logprobs.extend(run.logprobs)
-            texts.append(run.text)
-        whole.text = "".join(texts)
-        tokens.runs.append(whole)
-
-
 class _Tokens:
-    """A message of tokens that grows while it waits."""
+    """A message of tokens that grows while it waits: of each run its pieces, serialised. A message to whose text is appended
+    would keep every earlier text."""
 
     def __init__(self) -> None:
-        self._runs: list[_Run] = []
-        self._newest: dict[int, _Run] = {}
-        """By sequence."""
+        self._runs: list[list[bytes]] = []
+        self._newest: dict[int, tuple[int, list[bytes]]] = {}
+        """By sequence: the attempt, and its pieces."""
         self.bytes = self.held = 0
-        """About its serialised size, and the memory that it takes at worst."""
+        """About its serialised size, and the memory that it takes."""
 
-    def add(self, run: generation_pb2.TokenRun) -> None:
-        """Merge it with the run that it continues, if that is of the same attempt."""
-        newest = self._newest.get(run.sequence)
-        if newest is None or newest.attempt != run.attempt:
-            newest = self._newest[run.sequence] = _Run(run)
-            self._runs.append(newest)
-            self.held += newest.held
-            self.bytes += run.ByteSize()
-        else:
-            before = newest.held
-            self.bytes += newest.add(run)
-            self.held += newest.held - before
-        if self.bytes > MESSAGE_BYTES:
-            for each in self._runs:
-                each.pack()
-            self.held = sum(each.held for each in self._runs)
+    def add(self, run: generation_pb2.TokenRun) -> int:
+        """Merge it with the run that it continues, if that is of the same attempt. The memory that this takes."""
+        data = run.SerializeToString()
+        held = PIECE_BYTES + len(data)
+        attempt, pieces = self._newest.get(run.sequence, (None, []))
+        if attempt != run.attempt:
+            pieces = []
+            self._newest[run.sequence] = run.attempt, pieces
+            self._runs.append(pieces)
+            held += RUN_BYTES
+        pieces.append(data)
+        self.bytes += len(data)
+        self.held += held
+        return held
 
     def data(self) -> bytes:
-        event = generation_pb2.GenerateEvent(tokens=generation_pb2.Tokens())
-        for run in self._runs:
-            run.put_into(event.tokens)
-        return event.SerializeToString()
+        runs = b"".join(part for pieces in self._runs for part in _as_field(RUNS, _joined(pieces)))
+        return b"".join(_as_field(TOKENS, runs))
+
+
+def _joined(pieces: Sequence[bytes]) -> bytes:
+    if len(pieces) == 1:
+        return pieces[0]
+    whole, *others = map(generation_pb2.TokenRun.FromString, pieces)
+    for run in others:
+        whole.token_ids.extend(run.token_ids)
+        whole.logprobs.extend(run.logprobs)
+    whole.text = "".join([whole.text, *(run.text for run in others)])
+    return whole.SerializeToString()
 
 
 class CancelWaiter(Waiter):

@@ -211,7 +211,8 @@ class EngineLink:
                 await stream.write(message)
 
     def _message(self) -> engine_pb2.ExecuteRequest:
-        message = engine_pb2.ExecuteRequest(prepares=self._preparing.take(SUBMIT_BYTES))
+        prepares = self._preparing.take(SUBMIT_BYTES) if self._preparing.unsent else ()
+        message = engine_pb2.ExecuteRequest(prepares=prepares)
         size = 0
         while self._submits and size < SUBMIT_BYTES:
             submit = self._submits.popleft()

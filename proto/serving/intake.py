@@ -159,21 +159,15 @@ class Pool:
 class Charge:
     """The memory of one request. It is given back when nothing holds it any more: the call, and each of its items."""
 
-    __slots__ = ("_arrived", "_bytes", "_holders", "_pool", "tenant")
+    __slots__ = ("_bytes", "_holders", "_pool", "tenant")
 
     def __init__(self, pool: Pool, tenant: str) -> None:
         self._pool, self.tenant = pool, tenant
-        self._arrived = self._bytes = 0
-        self._holders = 1
-
-    def arrived(self, size: int, fields: int) -> None:
-        """A message of so many bytes and fields, all its copies to come included. Raises QueueFull."""
-        self._arrived = COPIES * size + FIELD_BYTES * fields
-        self._set(self._arrived)
+        self._bytes, self._holders = 0, 1
 
     def prepared(self, size: int) -> None:
         """It was prepared: one copy is left, and what it was made into, of so many bytes as a message. Raises QueueFull."""
-        self._set(PARSED_COPIES * self._arrived // COPIES + COPIES * size)
+        self.set(PARSED_COPIES * self._bytes // COPIES + COPIES * size)
 
     def hold(self, count: int) -> None:
         """So many items hold it, too."""
@@ -183,9 +177,10 @@ class Charge:
         """So many holders less."""
         self._holders -= count
         if not self._holders:
-            self._set(0)
+            self.set(0)
 
-    def _set(self, count: int) -> None:
+    def set(self, count: int) -> None:
+        """So many bytes from now on. Raises QueueFull."""
         more, self._bytes = count - self._bytes, count
         if not self._pool.add(self.tenant, more):
             self._bytes -= more
@@ -271,7 +266,7 @@ class Intake:
                 loop.call_later(seconds, self._make_room, tenant)
             else:
                 self._make_room(tenant)
-        charge.arrived(len(data), fields)
+        charge.set(COPIES * len(data) + FIELD_BYTES * fields)  # all copies to come included
         return data
 
     def _sweep(self, seconds: float) -> None:

@@ -281,7 +281,10 @@ class Sequencer:
             return
         if self.reruns.waiting:
             self._effects += self.reruns.verify(window, self._next_run_id, now)
-        while self.waiting and (item := self._head(window)) is not None:
+        while self.waiting:
+            item = self._head(window) if self.shares.divided else next(iter(self.waiting.values()))
+            if item is None:
+                break
             item.blocks = window.need(item.need.kv_tokens)
             if (error := unfit(item, window)) is not None:
                 self._end(item, error)
@@ -294,8 +297,6 @@ class Sequencer:
 
     def _head(self, window: Window) -> Item | None:
         """The first item that waits and whose tenant may hold more."""
-        if not self.shares.divided:
-            return next(iter(self.waiting.values()))
         full: set[str] = set()
         for item in self.waiting.values():
             if item.tenant in full:

@@ -489,16 +489,12 @@ class Journal:
             with suppress(JournalUnavailable):
                 self._call(self._settle, (), (), self._store.newest().index)
 
-    def _idle_seconds(self) -> float | None:
-        """How long the thread may wait for the queue."""
-        poll_seconds = self._store.poll_seconds if self._waiting else None
-        bounds = (self._committer.idle_seconds(), self._store.idle_seconds(), poll_seconds)
-        return min((bound for bound in bounds if bound is not None), default=None)
-
     def _take(self) -> tuple[list[Job[Answer] | _Read | _Poll], bool]:
         """The jobs that wait, as many as fit into a commit; and whether the journal is closed after them."""
         jobs: list[Job[Answer] | _Read | _Poll] = []
-        size, timeout = 0, self._idle_seconds()
+        poll_seconds = self._store.poll_seconds if self._waiting else None
+        bounds = (self._committer.idle_seconds(), self._store.idle_seconds(), poll_seconds)
+        size, timeout = 0, min((bound for bound in bounds if bound is not None), default=None)
         while len(jobs) < self._settings.commit_drafts_max and size < self._settings.commit_bytes_max:
             try:
                 job = self._jobs.get_nowait() if jobs else self._jobs.get(timeout=timeout)

@@ -127,7 +127,7 @@ def test_a_charge_is_given_back_when_the_last_holder_ends() -> None:
     """The call and its items hold it, in whatever order they end. After preparation a third is left, and what was made."""
     pool = Pool("--request-bytes-max", 10_000, shared=False)
     charge = Charge(pool, "a")
-    charge.arrived(100, 10)
+    charge.set(COPIES * 100 + FIELD_BYTES * 10)
     assert pool.taken == COPIES * 100 + FIELD_BYTES * 10
     charge.prepared(50)
     assert pool.taken == (COPIES * 100 + FIELD_BYTES * 10) // 3 + COPIES * 50
@@ -140,7 +140,7 @@ def test_a_charge_is_given_back_when_the_last_holder_ends() -> None:
 
     assert pool.taken == 0
     with pytest.raises(QueueFull):
-        Charge(pool, "a").arrived(10_000, 0)
+        Charge(pool, "a").set(10_001)
 
 
 class Call:
