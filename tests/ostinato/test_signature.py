@@ -145,6 +145,15 @@ def test_every_field_of_a_head_is_signed(field: str) -> None:
     assert not keys.verify(head)
 
 
+def test_a_file_may_have_several_keys() -> None:
+    """All keys of a text are read, in any order."""
+    signers = [SIGNER, signer_of(new_key())]
+    for each in (signers, signers[::-1]):
+        keys = PublicKeys()
+        keys.add("".join(signer.public_pem for signer in each).encode())
+        assert [*keys] == [signer.key_id for signer in each]
+
+
 def test_only_public_ed25519_keys_verify() -> None:
     """A private key, a key of another kind, and what is no key are refused by name."""
     for pem, why in ((new_key(), "private key"), (b"x", "no public key"), (_ECDSA, "not an Ed25519 key")):

@@ -50,36 +50,37 @@ def mark_of(store: SqliteKit) -> Path:
 class Said:
     """Runs a command in this process."""
 
-    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
-        self._capsys = capsys
+    def __init__(self, capsys: pytest.CaptureFixture[str], journal: Path) -> None:
+        self._capsys, self._journal = capsys, journal
         self.out = ""
 
-    def __call__(self, *argv: object, code: int = 0) -> str:
-        """What it says; it must end with this code."""
+    def __call__(self, *argv: object, code: int = 0, journal: object = "") -> str:
+        """What it says of this journal, or of the store's, or, with None, of the configured one; it must end with this code."""
+        named = [] if journal is None else ["--journal", journal or self._journal]
         with pytest.raises(SystemExit) as ended:
-            commands.main([str(each) for each in argv])
+            commands.main([str(each) for each in (*argv, *named)])
         self.out, said = self._capsys.readouterr()
         assert ended.value.code == code, said
         return said
 
 
 @pytest.fixture(name="run")
-def _run(capsys: pytest.CaptureFixture[str]) -> Said:
-    return Said(capsys)
+def _run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Said:
+    return Said(capsys, tmp_path / "journal.db")
 
 
 def test_verify(store: SqliteKit, run: Said) -> None:
     """A sound journal gives 0; else 1, and the first bad entry is named, with its kind and what is wrong with it."""
-    assert "7 entries are sound" in run("verify", "--journal", store.path)
+    assert "7 entries are sound" in run("verify")
     store.execute("UPDATE payloads SET payload = x'00' WHERE entry_index = 5")
-    said = run("verify", "--journal", store.path, code=1)
+    said = run("verify", code=1)
     assert "entry 5, COMPLETED: payload: does not match payload_digest" in said
 
 
 def test_a_journal_that_is_not_there(tmp_path: Path, run: Said) -> None:
     """A wrong path is an error, and makes no journal there."""
     for command in (["verify"], ["prune", "--before", "1d"], ["redact", "1"], ["export", "-"]):
-        assert "does not exist" in run(*command, "--journal", tmp_path / "nothing", code=1)
+        assert "does not exist" in run(*command, journal=tmp_path / "nothing", code=1)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -89,13 +90,13 @@ def test_the_settings_file_names_the_journal(
     """--config, or its variable, says which journal is meant where neither a flag nor the journal's own variable does."""
     file = tmp_path / "ostinato.toml"
     file.write_text(f"[sidecar]\njournal = '{store.path}'\n")
-    assert "sound" in run("verify", "--config", file)
-    assert "nowhere does not exist" in run("verify", "--config", file, "--journal", tmp_path / "nowhere", code=1)
+    assert "sound" in run("verify", "--config", file, journal=None)
+    assert "nowhere does not exist" in run("verify", "--config", file, journal=tmp_path / "nowhere", code=1)
     monkeypatch.setenv("OSTINATO_SIDECAR_CONFIG", str(file))
-    assert "sound" in run("verify")
+    assert "sound" in run("verify", journal=None)
     monkeypatch.setenv("OSTINATO_SIDECAR_JOURNAL", str(tmp_path / "nowhere"))
-    assert "nowhere does not exist" in run("verify", code=1)
-    run("verify", "--config", tmp_path, code=2)
+    assert "nowhere does not exist" in run("verify", code=1, journal=None)
+    run("verify", "--config", tmp_path, code=2, journal=None)
 
 
 @pytest.mark.parametrize(
@@ -103,16 +104,16 @@ def test_the_settings_file_names_the_journal(
 )
 def test_bad_command_lines(store: SqliteKit, run: Said, command: list[str]) -> None:
     """What cannot be meant is refused with code 2."""
-    run(*command, "--journal", store.path, code=2)
+    run(*command, code=2)
 
 
 def test_prune_and_redact(store: SqliteKit, run: Said) -> None:
     """Payloads go by number, by age and by time; the journal verifies afterwards."""
-    assert "2 payloads are dropped" in run("redact", "2", "--journal", store.path)
-    assert "2 payloads are dropped" in run("prune", "--before", "3", "--journal", store.path)
-    assert "0 payloads are dropped" in run("prune", "--before", "2023-11-14", "--journal", store.path)
-    assert "2 payloads are dropped" in run("prune", "--before", "1h", "--journal", store.path)
-    assert "sound" in run("verify", "--journal", store.path)
+    assert "2 payloads are dropped" in run("redact", "2")
+    assert "2 payloads are dropped" in run("prune", "--before", "3")
+    assert "0 payloads are dropped" in run("prune", "--before", "2023-11-14")
+    assert "2 payloads are dropped" in run("prune", "--before", "1h")
+    assert "sound" in run("verify")
 
 
 @given(st.integers(1, 9_999), st.sampled_from("smhdw"))
@@ -138,12 +139,12 @@ def test_times(time: datetime) -> None:
 def test_export_and_import(store: SqliteKit, run: Said, tmp_path: Path) -> None:
     """Through a file that is its owner's alone and that nothing overwrites; the copy is the journal again, signatures too."""
     file, other = tmp_path / "journal.jsonl", tmp_path / "other.db"
-    run("export", file, "--journal", store.path)
+    run("export", file)
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
-    assert f"{file}: File exists" in run("export", file, "--journal", store.path, code=1)
-    assert "7 entries, sequences to 3" in run("import", file, "--journal", other)
-    assert "not empty" in run("import", file, "--journal", other, code=1)
-    run("export", "-", "--journal", other)
+    assert f"{file}: File exists" in run("export", file, code=1)
+    assert "7 entries, sequences to 3" in run("import", file, journal=other)
+    assert "not empty" in run("import", file, journal=other, code=1)
+    run("export", "-", journal=other)
     assert run.out == file.read_text()
     assert run.out.count('{"head": ') == 3
 
@@ -170,12 +171,12 @@ def test_damaged_heads(store: SqliteKit, run: Said, tmp_path: Path, change: str,
     signer = store.settings.signer
     assert signer is not None
     (tmp_path / "key").write_text(signer.public_pem)
-    run("redact", 1, "--journal", store.path)
-    run("accept-loss", "--through", 9, "--journal", store.path)
-    assert "are sound" in run("verify", "--key", tmp_path / "key", "--journal", store.path)
+    run("redact", 1)
+    run("accept-loss", "--through", 9)
+    assert "are sound" in run("verify", "--key", tmp_path / "key")
     store.execute(change)
 
-    assert said.format(key=signer.key_id) in run("verify", "--key", tmp_path / "key", "--journal", store.path, code=1)
+    assert said.format(key=signer.key_id) in run("verify", "--key", tmp_path / "key", code=1)
 
 
 def test_a_log_of_another_key(store: SqliteKit, run: Said, tmp_path: Path) -> None:
@@ -190,17 +191,15 @@ def test_a_log_of_another_key(store: SqliteKit, run: Said, tmp_path: Path) -> No
     for signer in (old, new):
         files.append(tmp_path / signer.key_id)
         files[-1].write_text(signer.public_pem)
-    run("accept-loss", "--through", 9, "--journal", store.path)
+    run("accept-loss", "--through", 9)
 
-    said = run("verify", "--key", files[0], "--key", files[1], "--journal", store.path)
+    said = run("verify", "--key", files[0], "--key", files[1])
     assert f"sound; 3 heads verified with key {old.key_id}; 1 heads verified with key {new.key_id}; 2 entries have no" in said
-    said = run("verify", "--key", files[0], "--journal", store.path, code=1)
+    said = run("verify", "--key", files[0], code=1)
     assert f"head of entries 8 to 8: it is signed by key {new.key_id}, which was not given" in said
-    assert f"head of entries 1 to 1: it is signed by key {old.key_id}" in run(
-        "verify", "--key", files[1], "--journal", store.path, code=1
-    )
+    assert f"head of entries 1 to 1: it is signed by key {old.key_id}" in run("verify", "--key", files[1], code=1)
     store.execute("DELETE FROM heads WHERE first_index = 8")
-    said = run("verify", "--key", files[0], "--journal", store.path, code=1)
+    said = run("verify", "--key", files[0], code=1)
     assert f"entry 8, OPENED: its epoch is signed by key {new.key_id}, which was not given" in said
 
 
@@ -213,42 +212,41 @@ def test_commands_that_only_read(run: Said, tmp_path: Path, statements: str) -> 
         journal.append_many([admission(item(1), item(2))], 1)
     store.execute(statements)
     content, version = store.path.read_bytes(), store.execute("PRAGMA user_version")
-    assert "3 entries are sound" in run("verify", "--journal", store.path)
-    run("export", "-", "--journal", store.path)
+    assert "3 entries are sound" in run("verify")
+    run("export", "-")
     assert run.out.count("\n") == 4
-    assert "were given out" in run("accept-loss", "--through", 1, "--journal", store.path, code=1)
+    assert "were given out" in run("accept-loss", "--through", 1, code=1)
     assert store.path.read_bytes() == content
     copy = SqliteKit(store.path.with_name("journal.db.before-rebuild"))
-    assert f"a copy of what was there is {copy.path}" in run("rebuild", "--journal", store.path)
+    assert f"a copy of what was there is {copy.path}" in run("rebuild")
     assert [kit.execute("PRAGMA user_version") for kit in (copy, store)] == [version, [(7,)]]
 
 
 def test_an_import_without_heads(store: SqliteKit, run: Said, tmp_path: Path) -> None:
     """Lines that lack a signed head of an epoch with a key are not taken in."""
-    run("export", "-", "--journal", store.path)
+    run("export", "-")
     first, *lines = run.out.splitlines()
     left = [line for line in lines if not line.startswith('{"head": ')]
     (tmp_path / "lines").write_text("\n".join([first.replace('"heads": "3"', '"heads": "0"'), *left]))
-    assert "no signed head" in run("import", tmp_path / "lines", "--journal", tmp_path / "other.db", code=1)
+    assert "no signed head" in run("import", tmp_path / "lines", journal=tmp_path / "other.db", code=1)
 
 
 def test_a_head_that_was_lost(store: SqliteKit, run: Said) -> None:
     """Where a transaction has lost its signed head with the end of the journal, verify asks for none once the loss is
     accepted."""
     store.execute("DELETE FROM heads WHERE last_index = 7")
-    assert "entry 5, COMPLETED: no signed head" in run("verify", "--journal", store.path, code=1)
-    run("accept-loss", "--through", 9, "--journal", store.path)
-    assert "9 entries are sound" in run("verify", "--journal", store.path)
+    assert "entry 5, COMPLETED: no signed head" in run("verify", code=1)
+    run("accept-loss", "--through", 9)
+    assert "9 entries are sound" in run("verify")
 
 
-def test_a_log_that_is_not_signed(store: SqliteKit, run: Said, tmp_path: Path) -> None:
+def test_a_log_that_is_not_signed(run: Said, tmp_path: Path) -> None:
     """With --key, verify does not call a log sound of which no head is signed by a key that was given."""
     other = signer_of(new_key())
     (tmp_path / "key").write_text(other.public_pem)
-    store = SqliteKit(tmp_path / "unsigned.db")
-    store.open()[0].close()
-    assert "1 entries are sound" in run("verify", "--journal", store.path)
-    said = run("verify", "--journal", store.path, "--key", tmp_path / "key", code=1)
+    SqliteKit(tmp_path / "journal.db").open()[0].close()
+    assert "1 entries are sound" in run("verify")
+    said = run("verify", "--key", tmp_path / "key", code=1)
     assert f"is not the log of key {other.key_id}: no head of it is signed by this key" in said
 
 
@@ -256,25 +254,25 @@ def test_a_signing_key(run: Said, tmp_path: Path) -> None:
     """A new file gets a key that only its owner can read, and its public key is printed; a file that exists stays, and says its
     own. What is no such key is refused."""
     file = tmp_path / "signing.pem"
-    said = run("signing-key", file)
+    said = run("signing-key", file, journal=None)
     public, content = run.out, file.read_bytes()
     keys = PublicKeys()
     keys.add(public.encode())
 
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert f"key id {next(iter(keys))}" in said
-    run("signing-key", file)
+    run("signing-key", file, journal=None)
     assert (run.out, file.read_bytes()) == (public, content)
     file.chmod(0o644)
-    assert "lets every user of this machine read it" in run("signing-key", file, code=1)
+    assert "lets every user of this machine read it" in run("signing-key", file, code=1, journal=None)
     (tmp_path / "other").write_text(public)
     (tmp_path / "other").chmod(0o600)
-    assert "holds no private key" in run("signing-key", tmp_path / "other", code=1)
+    assert "holds no private key" in run("signing-key", tmp_path / "other", code=1, journal=None)
 
 
 def test_half_a_file(store: SqliteKit, run: Said, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file that ends early, or is not an export, leaves no journal behind, and the line is named."""
-    run("export", "-", "--journal", store.path)
+    run("export", "-")
     lines, other = run.out.splitlines(keepends=True), tmp_path / "other.db"
     for text, why in (
         ("".join(lines[:-1]), f"line {len(lines)}: is missing"),
@@ -287,7 +285,7 @@ def test_half_a_file(store: SqliteKit, run: Said, tmp_path: Path, monkeypatch: p
         (json.dumps({**json.loads(lines[0]), "version": 2}), "version 1"),
     ):
         monkeypatch.setattr("sys.stdin", io.StringIO(text))
-        assert why in run("import", "-", "--journal", other, code=1)
+        assert why in run("import", "-", journal=other, code=1)
         assert not other.exists()
 
 
@@ -311,20 +309,18 @@ def test_accept_loss(behind: SqliteKit, run: Said) -> None:
     mark = MarkFile(mark_of(behind))
     with pytest.raises(JournalUnusable, match="accept-loss --through 5"):
         behind.open(mark=mark.read())
-    assert "sequences to 5 were given out" in run("accept-loss", "--through", "4", "--journal", behind.path, code=1)
-    assert "no log has reached" in run("accept-loss", "--through", 2**62, "--journal", behind.path, code=1)
+    assert "sequences to 5 were given out" in run("accept-loss", "--through", "4", code=1)
+    assert "no log has reached" in run("accept-loss", "--through", 2**62, code=1)
     with pytest.raises(JournalUnusable):
         behind.open(mark=mark.read())
 
-    assert "2 sequences are lost; the next one is 6" in run("accept-loss", "--through", "5", "--journal", behind.path)
-    assert "sound" in run("verify", "--journal", behind.path)
+    assert "2 sequences are lost; the next one is 6" in run("accept-loss", "--through", "5")
+    assert "sound" in run("verify")
     journal, _ = behind.open(mark=mark.read())
     assert sequences(journal.append_many([admission()], 1)[0].entries) == [6]
     journal.close()
     far = 2**36
-    assert f"{far - 6} sequences are lost; the next one is {far + 1}" in run(
-        "accept-loss", "--through", far, "--journal", behind.path
-    )
+    assert f"{far - 6} sequences are lost; the next one is {far + 1}" in run("accept-loss", "--through", far)
 
 
 def test_another_log(behind: SqliteKit, run: Said) -> None:
@@ -333,9 +329,9 @@ def test_another_log(behind: SqliteKit, run: Said) -> None:
     mark = MarkFile(mark_of(behind)).read()
     with pytest.raises(JournalUnusable, match="another or new"):
         behind.open(mark=mark, log_id="e" * 32)
-    assert "there is no journal in it" in run("accept-loss", "--through", "5", "--journal", behind.path, code=1)
+    assert "there is no journal in it" in run("accept-loss", "--through", "5", code=1)
     behind.open(log_id="e" * 32)[0].close()
-    assert "another log" in run("accept-loss", "--through", "5", "--journal", behind.path, code=1)
+    assert "another log" in run("accept-loss", "--through", "5", code=1)
 
 
 DAMAGES = {
@@ -351,7 +347,7 @@ def test_accept_loss_behind_a_damaged_entry(store: SqliteKit, run: Said, damage:
     store.execute(DAMAGES[damage])
     before = [store.execute(f"SELECT * FROM {table}") for table in ("journal", "entries")]
 
-    said = run("accept-loss", "--through", "9", "--journal", store.path, code=1)
+    said = run("accept-loss", "--through", "9", code=1)
 
     assert said.startswith("accept-loss: ")
     assert "is damaged" in said
@@ -364,7 +360,7 @@ def test_accept_loss_of_an_empty_journal(tmp_path: Path, run: Said) -> None:
     """A journal without an entry, and without a mark, is not taken for another log's."""
     SqliteStore.open_for_maintenance(str(tmp_path / "journal.db"), create=True)._db.close()
 
-    assert "has no entries" in run("accept-loss", "--through", "9", "--journal", tmp_path / "journal.db", code=1)
+    assert "has no entries" in run("accept-loss", "--through", "9", code=1)
 
 
 @pytest.mark.parametrize(
@@ -383,7 +379,7 @@ def test_accept_loss_that_cannot_be_written(
     mark = mark_of(behind).read_bytes()
     monkeypatch.setattr(SqliteStore, method, Mock(side_effect=error))
 
-    assert run("accept-loss", "--through", "5", "--journal", behind.path, code=1) == f"accept-loss: {said}\n"
+    assert run("accept-loss", "--through", "5", code=1) == f"accept-loss: {said}\n"
     assert mark_of(behind).read_bytes() == mark
 
 
@@ -420,14 +416,14 @@ def test_a_shared_journal(postgres: Postgres, run: Said, tmp_path: Path) -> None
     with store.opened() as journal:
         (answer,) = journal.append_many([admission(item(1), item(2), key="k")], store.clock.millis)
         journal.append_many([completed(answer.entries[0])], store.clock.millis)
-    run("export", file, "--journal", store.path)
-    assert "no journal in this database" in run("verify", "--journal", url, code=1)
-    run("import", file, "--journal", url)
+    run("export", file)
+    assert "no journal in this database" in run("verify", journal=url, code=1)
+    run("import", file, journal=url)
 
     shared = PostgresKit(url)
     backend, found = shared.open()
     assert [(each.admitted.header.sequence, each.attempt) for each in found.unfinished] == [(2, 2)]
-    assert "2 payloads are dropped" in run("redact", "1", "--journal", url)
+    assert "2 payloads are dropped" in run("redact", "1", journal=url)
     assert sequences(backend.append_many([admission()], 1)[0].entries) == [3]
     backend.close()
     mark = tmp_path / "mark"
@@ -436,12 +432,12 @@ def test_a_shared_journal(postgres: Postgres, run: Said, tmp_path: Path) -> None
         shared.open(mark=MarkFile(mark).read())
     with psycopg.connect(url) as db:
         db.execute("UPDATE log SET head_hash = decode(repeat('00', 32), 'hex')")
-    damaged = run("accept-loss", "--through", "7", "--high-water", mark, "--journal", url, code=1)
+    damaged = run("accept-loss", "--through", "7", "--high-water", mark, journal=url, code=1)
     assert damaged.startswith(f"accept-loss: --journal: entry {backend.head.index} is damaged or missing: restore a copy")
     with psycopg.connect(url) as db:
         db.execute("UPDATE log SET head_hash = %b", (backend.head.entry_hash,))
-    run("accept-loss", "--through", "7", "--high-water", mark, "--journal", url)
+    run("accept-loss", "--through", "7", "--high-water", mark, journal=url)
     backend, _ = shared.open(mark=MarkFile(mark).read())
     assert sequences(backend.append_many([admission()], 1)[0].entries) == [8]
     backend.close()
-    assert "are sound" in run("verify", "--journal", url)
+    assert "are sound" in run("verify", journal=url)

@@ -64,8 +64,8 @@ def completed(sequence: int = 7, **output: Any) -> types_pb2.Result:
     return types_pb2.Result(sequence=sequence, output=types_pb2.Output(**made), receipt=receipt)
 
 
-def failed(sequence: int, error: errors.OstinatoError) -> types_pb2.Result:
-    return types_pb2.Result(sequence=sequence, status=errors.to_status(error))
+def admitted_of(stamp: types_pb2.Stamp) -> Event:
+    return Event(admitted=generation_pb2.Admitted(stamp=stamp))
 
 
 def tokens(sequence: int, first: int, ids: list[int], **more: Any) -> Event:
@@ -73,16 +73,20 @@ def tokens(sequence: int, first: int, ids: list[int], **more: Any) -> Event:
     return Event(tokens=generation_pb2.Tokens(runs=[run]))
 
 
+async def write(answer: GatewayAnswer, *events: Event) -> None:
+    for event in events:
+        await answer.write(event.SerializeToString())
+
+
+async def write_response(answer: GatewayAnswer, stamp: types_pb2.Stamp, *results: types_pb2.Result) -> None:
+    await answer.write_response(generation_pb2.GenerateResponse(stamp=stamp, results=results).SerializeToString())
+
+
 async def test_a_stream() -> None:
     """A stream has the tokens, with their item's index and the count so far, and then one complete answer per item."""
     wire, made, stamp = answer(2)
-    await made.write(Event(admitted=generation_pb2.Admitted(stamp=stamp)).SerializeToString())
-    await made.write(tokens(8, 0, [1]).SerializeToString())
-    await made.write(tokens(7, 0, [5]).SerializeToString())
-    await made.write(tokens(8, 1, [2, 3]).SerializeToString())
-    await made.write(Event(finished=completed(8, token_ids=[1, 2, 3])).SerializeToString())
-    await made.write(tokens(7, 1, [6]).SerializeToString())
-    await made.write(Event(finished=completed(7)).SerializeToString())
+    await write(made, admitted_of(stamp), tokens(8, 0, [1]), tokens(7, 0, [5]), tokens(8, 1, [2, 3]))
+    await write(made, Event(finished=completed(8, token_ids=[1, 2, 3])), tokens(7, 1, [6]), Event(finished=completed(7)))
     await made.end()
 
     chunks = [message.chunk for message in wire.sent if message.HasField("chunk")]
@@ -114,7 +118,7 @@ async def test_a_stream() -> None:
 async def test_why_it_ended(output: dict[str, Any], reason: str, matched: str | int | None) -> None:
     """An answer has the finish reason, and what stopped it."""
     wire, made, stamp = answer()
-    await made.write_response(generation_pb2.GenerateResponse(stamp=stamp, results=[completed(**output)]).SerializeToString())
+    await write_response(made, stamp, completed(**output))
 
     (end,) = (message.complete for message in wire.sent)
     which = end.WhichOneof("matched_stop")
@@ -127,9 +131,7 @@ async def test_logprobs() -> None:
     wire, made, stamp = answer()
     top = [types_pb2.TopLogprob(token_id=9, logprob=-0.5), types_pb2.TopLogprob(token_id=5, logprob=-1.0)]
     each = [types_pb2.TokenLogprobs(logprob=-1.0, top=top), types_pb2.TokenLogprobs(logprob=-2.0)]
-    await made.write(Event(admitted=generation_pb2.Admitted(stamp=stamp)).SerializeToString())
-    await made.write(tokens(7, 0, [5, 6], logprobs=each).SerializeToString())
-    await made.write(Event(finished=completed(logprobs=each)).SerializeToString())
+    await write(made, admitted_of(stamp), tokens(7, 0, [5, 6], logprobs=each), Event(finished=completed(logprobs=each)))
     await made.end()
 
     for message in (wire.sent[0].chunk, wire.sent[1].complete):
@@ -141,9 +143,9 @@ async def test_logprobs() -> None:
 async def test_a_failed_item_fails_the_call() -> None:
     """The call fails with the error of the failed item. The trailers have the stamp, so that the other items can be found."""
     wire, made, stamp = answer(2)
-    results = [completed(7), failed(8, errors.EngineFailed("broke"))]
+    broken = types_pb2.Result(sequence=8, status=errors.to_status(errors.EngineFailed("broke")))
     with pytest.raises(errors.EngineFailed, match="broke"):
-        await made.write_response(generation_pb2.GenerateResponse(stamp=stamp, results=results).SerializeToString())
+        await write_response(made, stamp, completed(7), broken)
 
     assert wire.sent == []
     assert [key for key, _ in wire.trailers] == [STAMP_METADATA]
@@ -152,11 +154,9 @@ async def test_a_failed_item_fails_the_call() -> None:
 async def test_other_tokens_than_were_sent_fail_the_call() -> None:
     """After a restart with other tokens nothing more is streamed, and the error says where the whole answer is."""
     wire, made, stamp = answer()
-    await made.write(Event(admitted=generation_pb2.Admitted(stamp=stamp)).SerializeToString())
-    await made.write(tokens(7, 0, [5]).SerializeToString())
-    await made.write(Event(restarted=generation_pb2.Restarted(sequence=7, attempt=2)).SerializeToString())
-    await made.write(tokens(7, 0, [4, 3]).SerializeToString())
-    await made.write(Event(finished=completed(token_ids=[4, 3])).SerializeToString())
+    restarted = Event(restarted=generation_pb2.Restarted(sequence=7, attempt=2))
+    await write(made, admitted_of(stamp), tokens(7, 0, [5]), restarted, tokens(7, 0, [4, 3]))
+    await write(made, Event(finished=completed(token_ids=[4, 3])))
     with pytest.raises(errors.Abandoned, match="sequence 7"):
         await made.end()
 
@@ -170,10 +170,10 @@ async def test_other_tokens_than_were_sent_fail_the_call() -> None:
 async def test_trailers_stay_small(count: int, path: int, translated: int) -> None:
     """The trailers have all receipts or, if these would not fit, none; a path of a signed head may be long."""
     wire, made, stamp = answer(count)
-    response = generation_pb2.GenerateResponse(stamp=stamp, results=[completed(7 + index) for index in range(count)])
-    for result in response.results:
+    results = [completed(7 + index) for index in range(count)]
+    for result in results:
         result.receipt.path.extend([bytes(32)] * path)
-    await made.write_response(response.SerializeToString())
+    await write_response(made, stamp, *results)
 
     assert len(wire.receipts()) == translated
     assert sum(len(key) + len(value) * 4 // 3 for key, value in wire.trailers) < 8192
