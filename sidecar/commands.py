@@ -207,21 +207,13 @@ def accept_loss(
     if through > SEQUENCE_MAX:
         raise JournalUnusable(f"--through {through}: no log has reached {SEQUENCE_MAX}; a number above it was never given out")
     # A log that sidecars share may be in use: its operator is a writer of its own.
-    opened, _ = open_journal(
-        Settings(
-            journal=journal,
-            allow_unverified_database=True,
-            writer="operator" if is_shared(journal) else next(iter(log.writers)),
-        ),
-        now_millis := _now_millis(),
-        checked=False,
-    )
-    try:
+    writer = "operator" if is_shared(journal) else next(iter(log.writers))
+    settings = Settings(journal=journal, allow_unverified_database=True, writer=writer)
+    opened, _ = open_journal(settings, now_millis := _now_millis(), checked=False)
+    with closing(opened):
         (appended,) = opened.append_many([Loss(through, mark)], now_millis)
         if file is not None:
             file.write(opened.head.mark)
-    finally:
-        opened.close()
     first, last = appended.entries[0].header, appended.entries[-1].header
     entries = f"entry {first.index} says" if first == last else f"entries {first.index} to {last.index} say"
     note(f"{entries} that {through + 1 - first.first_sequence} sequences are lost; the next one is {through + 1}")
@@ -231,20 +223,19 @@ def older(text: str, now_seconds: float) -> Callable[[types_pb2.EntryHeader], bo
     """Which outcomes `--before` means."""
     if text.isascii() and text.isdigit():
         return lambda header: header.sequence < int(text)
-    age = re.fullmatch(r"(\d{1,9})([smhdw])", text, re.ASCII)
-    try:
-        then = now_seconds - int(age[1]) * _AGES[age[2]] if age else _utc(datetime.fromisoformat(text)).timestamp()
-    except ValueError:
-        raise typer.BadParameter(f"{text!r} is no sequence, time or age") from None
+    if age := re.fullmatch(r"(\d{1,9})([smhdw])", text, re.ASCII):
+        then = now_seconds - int(age[1]) * _AGES[age[2]]
+    else:
+        try:
+            told = datetime.fromisoformat(text)
+        except ValueError:
+            raise typer.BadParameter(f"{text!r} is no sequence, time or age") from None
+        then = told.replace(tzinfo=told.tzinfo or UTC).timestamp()
     return lambda header: header.time_unix_millis < then * 1000
 
 
 def _now_millis() -> int:
     return time.time_ns() // 10**6
-
-
-def _utc(time: datetime) -> datetime:
-    return time if time.tzinfo is not None else time.replace(tzinfo=UTC)
 
 
 def _progress(store: SqlStore) -> AbstractContextManager[Callable[..., None]]:

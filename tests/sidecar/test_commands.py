@@ -222,15 +222,6 @@ def test_commands_that_only_read(run: Said, tmp_path: Path, statements: str) -> 
     assert [kit.execute("PRAGMA user_version") for kit in (copy, store)] == [version, [(7,)]]
 
 
-def test_an_import_without_heads(store: SqliteKit, run: Said, tmp_path: Path) -> None:
-    """Lines that lack a signed head of an epoch with a key are not taken in."""
-    run("export", "-")
-    first, *lines = run.out.splitlines()
-    left = [line for line in lines if not line.startswith('{"head": ')]
-    (tmp_path / "lines").write_text("\n".join([first.replace('"heads": "3"', '"heads": "0"'), *left]))
-    assert "no signed head" in run("import", tmp_path / "lines", journal=tmp_path / "other.db", code=1)
-
-
 def test_a_head_that_was_lost(store: SqliteKit, run: Said) -> None:
     """Where a transaction has lost its signed head with the end of the journal, verify asks for none once the loss is
     accepted."""

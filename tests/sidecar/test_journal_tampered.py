@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import random
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, closing, suppress
@@ -22,7 +21,7 @@ from sidecar.journal.maintenance import prune, rebuild, redact
 from sidecar.journal.model import Binding, Draft, ItemEntries, JournalBroken, JournalUnusable, Loss, Note
 from sidecar.journal.sqlite import SqliteStore
 from sidecar.journal.store import Store
-from sidecar.journal.transfer import export, take_in
+from sidecar.journal.transfer import export
 from sidecar.journal.writer import Journal
 from sidecar.opening import open_for_maintenance
 from tests.sidecar.journal_kit import FIRST_VERSION, Kit, PostgresKit, SqliteKit, admission, audit, completed, item, twin
@@ -544,23 +543,6 @@ def test_a_payload_that_is_never_dropped(kit: Kit, kind: types_pb2.EntryKind.Val
     if kind != types_pb2.ENTRY_KIND_LOST:
         with pytest.raises(JournalUnusable, match=f"entry {index}: payload: is missing"):
             kit.open()
-
-
-def test_an_import_without_payloads(kit: Kit, tmp_path: Path) -> None:
-    """Lines without the payloads of an item that has ended, or of an epoch, are not taken in if no PRUNED entry says so."""
-    fill(kit)
-    with kit.maintained() as store:
-        whole = list(export(store))
-    entries = {number: told["entry"] for number, line in enumerate(whole) if "entry" in (told := json.loads(line))}
-    for wanted in ({"sequence": "4"}, {"kind": "ENTRY_KIND_OPENED"}):
-        lines = list(whole)
-        for number, entry in entries.items():
-            if wanted.items() <= entry["header"].items():
-                entry.pop("payload", None)
-                lines[number] = json.dumps({"entry": entry})
-        store = SqliteStore.open_for_maintenance(str(tmp_path / "other.db"), create=True)
-        with closing(store), pytest.raises(JournalUnusable, match="payload of sequence 4 is missing|none of this kind"):
-            take_in(store, lines, "lines", "w", lambda index, of: None)
 
 
 def test_digests_say_that_payloads_are_not_kept(kit: Kit) -> None:
