@@ -201,60 +201,40 @@ class Checker:
     def check(self, sealed: Sealed) -> list[str]:
         """The faults of the next entry."""
         previous = self._previous
-        entry = sequencer_pb2.Entry(header=sealed.header, entry_hash=sealed.entry_hash, payload=sealed.payload)
-        self._previous = entry
+        self._previous = entry = sequencer_pb2.Entry(header=sealed.header, entry_hash=sealed.entry_hash, payload=sealed.payload)
         faults = check_link(previous, entry)
-        if sealed.header.kind == types_pb2.ENTRY_KIND_ADMITTED and not sealed.payload:
-            self.missing[sealed.header.sequence] = sealed.header.index
-        elif sealed.header.kind in OUTCOMES:
-            kept = self.missing.pop(sealed.header.sequence, None) is None
-            if kept != bool(sealed.payload):
-                faults.append("payload: it and that of its item are kept or dropped together, and one is missing")
-        elif self._payloads and lacks_payload(sealed):
-            faults.append(LACKS)
         if previous is not None and sealed.previous_hash != previous.entry_hash:
             faults.append("previous_hash: is not the hash of the entry before")
-        for check in (self._check_epoch, self._check_sequence, self._check_batch):
+        for check in (self._epoch_faults, self._sequence_faults, self._batch_faults):
             faults += check(sealed.header)
-        faults += self._check_prune(sealed)
-        return faults + _check_payload(sealed)
+        return [*faults, *self._payload_faults(sealed)]
 
-    def _check_epoch(self, header: types_pb2.EntryHeader) -> list[str]:
+    def _epoch_faults(self, header: types_pb2.EntryHeader) -> Iterator[str]:
         newest = self._epochs.get(header.writer, 0)
         if header.kind == types_pb2.ENTRY_KIND_OPENED:
             self._epochs[header.writer] = max(newest, header.epoch)
-            return [] if header.epoch > newest else [f"epoch: opens {header.epoch} after {newest}"]
-        return [] if header.epoch == newest else [f"epoch: {header.epoch}, and the writer's newest is {newest}"]
+            if header.epoch <= newest:
+                yield f"epoch: opens {header.epoch} after {newest}"
+        elif header.epoch != newest:
+            yield f"epoch: {header.epoch}, and the writer's newest is {newest}"
 
-    def _check_sequence(self, header: types_pb2.EntryHeader) -> list[str]:
+    def _sequence_faults(self, header: types_pb2.EntryHeader) -> Iterator[str]:
+        expected = self.last_sequence + 1
         if header.kind == types_pb2.ENTRY_KIND_ADMITTED:
             self.unfinished.add(header.sequence)
-            expected, self.last_sequence = self.last_sequence + 1, max(self.last_sequence, header.sequence)
-            return [] if header.sequence == expected else [f"sequence: {header.sequence} instead of {expected}"]
-        if header.kind == types_pb2.ENTRY_KIND_LOST:
-            expected, found = self.last_sequence + 1, header.first_sequence
-            self.last_sequence = found + header.count - 1
-            return [] if found == expected else [f"first_sequence: {found} instead of {expected}"]
-        if header.kind not in OUTCOMES:
-            return []
-        if header.sequence not in self.unfinished:
-            return [f"sequence: {header.sequence} was not admitted, or had ended before"]
-        self.unfinished.remove(header.sequence)
-        return []
+            self.last_sequence = max(self.last_sequence, header.sequence)
+            if header.sequence != expected:
+                yield f"sequence: {header.sequence} instead of {expected}"
+        elif header.kind == types_pb2.ENTRY_KIND_LOST:
+            self.last_sequence = header.first_sequence + header.count - 1
+            if header.first_sequence != expected:
+                yield f"first_sequence: {header.first_sequence} instead of {expected}"
+        elif header.kind in OUTCOMES:
+            if header.sequence not in self.unfinished:
+                yield f"sequence: {header.sequence} was not admitted, or had ended before"
+            self.unfinished.discard(header.sequence)
 
-    def _check_prune(self, sealed: Sealed) -> list[str]:
-        """What was dropped before prunes were recorded can only be said right after the entries of that time."""
-        if not sealed.header.form:
-            self._formless = sealed.header.index
-        if sealed.header.kind != types_pb2.ENTRY_KIND_PRUNED:
-            return []
-        with suppress(DecodeError):
-            earlier = sequencer_pb2.PrunedPayload.FromString(sealed.payload).reason == "earlier"
-            if earlier and (self._formless is None or sealed.header.index > self._formless + 2):  # an OPENED entry between them
-                return ["payload: says that it is of an earlier version, and the entries before are not"]
-        return []
-
-    def _check_batch(self, header: types_pb2.EntryHeader) -> list[str]:
+    def _batch_faults(self, header: types_pb2.EntryHeader) -> Iterator[str]:
         """A batch's entries stand together: each but the last is followed by the next of the same batch."""
         expected, self._batch, found = self._batch, None, None
         if header.kind == types_pb2.ENTRY_KIND_ADMITTED:
@@ -262,27 +242,42 @@ class Checker:
             found, expected = (first, count, position), expected or (first, count, 0)
             if position + 1 < count:
                 self._batch = (first, count, position + 1)
-        return [] if found == expected else ["batch: is not whole"]
+        if found != expected:
+            yield "batch: is not whole"
 
-
-def _check_payload(sealed: Sealed) -> list[str]:
-    """Where a payload and its header contradict each other."""
-    header, claims = sealed.header, dict[str, object]()
-    if not sealed.payload or header.kind not in PAYLOADS:
-        return []
-    try:
-        payload = PAYLOADS[header.kind].FromString(sealed.payload)
-        if isinstance(payload, sequencer_pb2.AdmittedPayload):
-            claims = {"seed": payload.seed, "input_digest": sealed_input(header.form, payload)}
-        elif isinstance(payload, sequencer_pb2.CompletedPayload):
-            claims = {"seed": payload.output.seed, "grade": payload.output.grade}
-            claims |= sealed_output(header.form, payload.nonce, payload.output)
-    except DecodeError:
-        return ["payload: cannot be read"]
-    except (AssertionError, struct.error):
-        return ["payload: no digest can be taken of it, it holds NaN or a negative number"]
-    faults = [f"{name}: is not the payload's" for name, actual in claims.items() if getattr(header, name) != actual]
-    return check_nonce(header.form, payload.nonce) + faults
+    def _payload_faults(self, sealed: Sealed) -> Iterator[str]:
+        header = sealed.header
+        if not header.form:
+            self._formless = header.index
+        if header.kind == types_pb2.ENTRY_KIND_ADMITTED and not sealed.payload:
+            self.missing[header.sequence] = header.index
+        elif header.kind in OUTCOMES:
+            if (self.missing.pop(header.sequence, None) is None) != bool(sealed.payload):
+                yield "payload: it and that of its item are kept or dropped together, and one is missing"
+        elif self._payloads and lacks_payload(sealed):
+            yield LACKS
+        if not sealed.payload or header.kind not in PAYLOADS:
+            return
+        claims = dict[str, object]()
+        try:
+            payload = PAYLOADS[header.kind].FromString(sealed.payload)
+            if isinstance(payload, sequencer_pb2.AdmittedPayload):
+                claims = {"seed": payload.seed, "input_digest": sealed_input(header.form, payload)}
+            elif isinstance(payload, sequencer_pb2.CompletedPayload):
+                claims = {"seed": payload.output.seed, "grade": payload.output.grade}
+                claims |= sealed_output(header.form, payload.nonce, payload.output)
+        except DecodeError:
+            yield "payload: cannot be read"
+            return
+        except (AssertionError, struct.error):
+            yield "payload: no digest can be taken of it, it holds NaN or a negative number"
+            return
+        yield from check_nonce(header.form, payload.nonce)
+        yield from (f"{name}: is not the payload's" for name, actual in claims.items() if getattr(header, name) != actual)
+        # What was dropped before prunes were recorded is said right after the entries of that time and an OPENED entry.
+        earlier = self._formless is not None and header.index <= self._formless + 2
+        if isinstance(payload, sequencer_pb2.PrunedPayload) and payload.reason == "earlier" and not earlier:
+            yield "payload: says that it is of an earlier version, and the entries before are not"
 
 
 def prune(store: SqlStore, old: Callable[[types_pb2.EntryHeader], bool], now_millis: int) -> Iterator[tuple[int, int]]:
