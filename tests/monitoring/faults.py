@@ -48,7 +48,7 @@ LATE = 120.0
 """Seconds, for a busy machine; usually a few are enough."""
 IN_TEST_WATCH = {"OstinatoDiverged", "OstinatoDivergenceAlarm", "OstinatoDrift"}
 """test_watch.py tests these with unchanged rules."""
-PERIOD = "500ms"
+PERIOD = "250ms"
 OTHER_LOG, NO_WITNESS = "f" * 32, "http://127.0.0.1:1/"
 ROOM_BYTES = 1 << 20
 """Space that is left for the journal, a quarter of it as reserve."""
@@ -106,6 +106,7 @@ class Faults:
     def wait_until_healthy(self) -> None:
         """A grade that can be lost, and a counter that can increase."""
         self.running.reached("ostinato_engine_grade == 3 and ostinato_collisions_total == 0")
+        self.running.webhook.alerts.clear()  # of the start
 
     def fork_a_log(self, signer: Signer) -> None:
         """Another log shows two of its entries as the first one. The witness of this log is never there."""
@@ -154,7 +155,6 @@ class Faults:
     def stall(self) -> None:
         """An engine that makes no tokens, and twice as many callers as it has runs."""
         self.pair.start_service("--script", json.dumps(HANGING)).wait_for("serving")
-        self.running.retarget()
         with self.running.calling([(_patient, 0.3)] * 8):
             self._until_received("OstinatoOrderStalled")
 
@@ -172,7 +172,6 @@ class Faults:
     def _start_again(self, *flags: str) -> None:
         self.pair.sidecar.kill()
         self.pair.start_sidecar(*flags)
-        self.running.retarget()
 
     def _until_firing(self, *names: str) -> None:
         for name in names:

@@ -18,8 +18,8 @@ from ostinato.client import Client
 from ostinato.errors import OstinatoError
 
 from tests.certificates import Authority
-from tests.monitoring.watch import RULES, Prometheus, Webhook, set_targets, watching
-from tests.pair import Pair
+from tests.monitoring.watch import RULES, Prometheus, Webhook, watching
+from tests.pair import Pair, held_port
 from tests.waiting import until
 
 Caller: TypeAlias = tuple[Callable[[Client], Awaitable[None]], float]
@@ -51,15 +51,10 @@ class Running:
 
     pair: Pair
     authority: Authority
-    folder: Path
     prometheus: Prometheus
     webhook: Webhook
     start: float
     """Unix time."""
-
-    def retarget(self) -> None:
-        """Sets Prometheus' targets to the programs' current ports."""
-        set_targets(self.folder, _targets(self.pair))
 
     def reached(self, query: str, seconds: float = 0.0, late: float = 120.0) -> None:
         """Waits until the query has a result, for at least and at most these times."""
@@ -90,18 +85,22 @@ def watched(
     days: float = 30,
     library: Path | None = None,
     rules: Path = RULES,
-    period: str = "1s",
+    period: str = "500ms",
 ) -> Iterator[Running]:
     """A pair with this script and these flags of the sidecar. `days`: for which its certificate is valid; `library`: is loaded
     into both programs first."""
     authority = Authority(folder)
     certificate, key = authority.sign("sidecar", days=days)
-    tls = ("--tls-certificate", str(certificate), "--tls-key", str(key))
-    with Pair(service=["--script", json.dumps(script)], sidecar=[*tls, *flags]) as pair:
-        pair.env.update({"LD_PRELOAD": str(library)} if library is not None else {})
-        pair.start()
-        with watching(folder, _targets(pair), rules, period) as (prometheus, webhook):
-            yield Running(pair, authority, folder, prometheus, webhook, time.time())
+    flags = ("--tls-certificate", str(certificate), "--tls-key", str(key), *flags)
+    with held_port() as ours, held_port() as theirs:
+        # The ports are known before programs start, and stay: Prometheus needs up to 5 s to hear of them.
+        targets = {SIDECAR: ours.getsockname()[1], SERVICE: theirs.getsockname()[1]}
+        sidecar, service = (["--metrics", f"127.0.0.1:{port}"] for port in targets.values())
+        with Pair(service=["--script", json.dumps(script), *service], sidecar=[*flags, *sidecar]) as pair:
+            pair.env.update({"LD_PRELOAD": str(library)} if library is not None else {})
+            with watching(folder, targets, rules, period) as (prometheus, webhook):
+                pair.start()
+                yield Running(pair, authority, prometheus, webhook, time.time())
 
 
 @contextlib.contextmanager
@@ -126,17 +125,11 @@ def faulty(folder: Path, seconds: tuple[float, float, float]) -> Iterator[Runnin
             running.reached('ostinato_comparisons_total{kind="twin",verdict="diverged"} > 3', seconds[0])
             pair.service.kill()  # the next one runs its items again
             pair.start_service("--script", json.dumps({**SCRIPT, "fields": {"driver": "another"}})).wait_for("serving")
-            running.retarget()
             running.reached('ostinato_drift_total{kind="twin"} > 0', seconds[1])
             pair.sidecar.stop()
             pair.start_sidecar().wait_for("engine connected")
-            running.retarget()
             running.reached("changes(ostinato_epoch[1m] offset 2s) > 0", seconds[2])
             yield running
-
-
-def _targets(pair: Pair) -> dict[str, int]:
-    return {SIDECAR: pair.sidecar.metrics_port, SERVICE: pair.service.metrics_port}
 
 
 async def _callers(connect: Callable[[], Client], callers: Sequence[Caller], over: threading.Event) -> None:

@@ -26,7 +26,7 @@ def _running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """Shared by all tests: they check the same quarter of a minute."""
     if why := missing():
         pytest.skip(why)
-    with faulty(tmp_path_factory.mktemp("running"), (5, 4, 3)) as made:
+    with faulty(tmp_path_factory.mktemp("running"), (3, 3, 2)) as made:
         yield made
 
 

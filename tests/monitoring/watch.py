@@ -71,11 +71,10 @@ class Prometheus:
 
 @contextlib.contextmanager
 def watching(folder: Path, targets: Mapping[str, int], rules: Path, period: str) -> Iterator[tuple[Prometheus, Webhook]]:
-    """Scrapes the jobs' ports and evaluates the rules each period. `set_targets` changes the ports."""
+    """Scrapes the jobs' ports and evaluates the rules each period."""
     held = held_port(), held_port()
     ports = [each.getsockname()[1] for each in held]
-    set_targets(folder, targets)
-    (folder / "prometheus.yml").write_text(yaml.safe_dump(_prometheus(folder, rules, period, list(targets), ports[1])))
+    (folder / "prometheus.yml").write_text(yaml.safe_dump(_prometheus(rules, period, targets, ports[1])))
     commands = (
         [
             "prometheus", f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/series", "--log.level=warn",
@@ -106,22 +105,17 @@ def watching(folder: Path, targets: Mapping[str, int], rules: Path, period: str)
         yield found, webhook
 
 
-def set_targets(folder: Path, targets: Mapping[str, int]) -> None:
-    """Set the jobs' ports. Prometheus reloads the files itself. An instance keeps its name."""
-    for job, port in targets.items():
-        content = [{"targets": [f"127.0.0.1:{port}"], "labels": {"instance": f"{job.removeprefix('ostinato-')}-0"}}]
-        new = folder / f"{job}.new"
-        new.write_text(json.dumps(content))
-        new.rename(folder / f"{job}.json")
-
-
-def _prometheus(folder: Path, rules: Path, period: str, jobs: list[str], alertmanager: int) -> dict[str, Any]:
+def _prometheus(rules: Path, period: str, targets: Mapping[str, int], alertmanager: int) -> dict[str, Any]:
     return {
         "global": {"scrape_interval": period, "scrape_timeout": period, "evaluation_interval": period},
         "rule_files": [str(rules)],
         "alerting": {"alertmanagers": [{"static_configs": [{"targets": [f"127.0.0.1:{alertmanager}"]}]}]},
-        "scrape_configs": [{"job_name": job, "file_sd_configs": [{"files": [f"{folder}/{job}.json"]}]} for job in jobs],
+        "scrape_configs": [{"job_name": job, "static_configs": [_target(job, port)]} for job, port in targets.items()],
     }
+
+
+def _target(job: str, port: int) -> dict[str, Any]:
+    return {"targets": [f"127.0.0.1:{port}"], "labels": {"instance": f"{job.removeprefix('ostinato-')}-0"}}
 
 
 def _alertmanager(url: str) -> dict[str, Any]:
