@@ -329,10 +329,10 @@ async def test_a_reader_who_falls_behind() -> None:
         call.result(result)
         assert not account.lost.done()
 
-        call.tokens(large(1, 100, 40))
+        call.tokens(large(1, 100, 60))
 
         assert account.lost.done()
-        call.tokens(large(1, 140, 1000))
+        call.tokens(large(1, 160, 1000))
         call.result(finished(1))
         assert (account.waiting, bytes_held.bytes, lost) == (0, 0, ["call"])
         with pytest.raises(SlowReader, match="more than 50000 bytes"):
