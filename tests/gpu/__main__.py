@@ -14,7 +14,7 @@ from tests.gpu import doctored, parts, prefix, scoreboard, shapes, speed, worth
 from tests.gpu.crash import crash
 from tests.gpu.gap import gap
 from tests.gpu.grammars import grammars
-from tests.gpu.plan import Plan, arguments, names, numbers, plan_of, say
+from tests.gpu.plan import Plan, arguments, conclude, names, numbers, plan_of
 from tests.gpu.traffic import NEW_TOKENS
 
 PARTS = (
@@ -110,14 +110,7 @@ def main() -> None:
             plans = [plan]
         else:
             plans = asyncio.run(check_all(plan, set(given.parts), given.dtypes, given.shape))
-    for each in plans:
-        say(f"\n==== {each.model.name} {' '.join(each.flags)}")
-        for line in (*each.lines, *(f"BAD      {text}" for text in each.bad)):
-            say(line)
-    bad = sum(len(each.bad) for each in plans)
-    say(f"{bad} not as they should be" if bad else "all as it should be")
-    say(f"seconds  in all: {time.monotonic() - began:.0f}")
-    sys.exit(1 if bad else 0)
+    sys.exit(conclude(began, *plans))
 
 
 if __name__ == "__main__":

@@ -134,10 +134,13 @@ def plan_of(given: argparse.Namespace, state: str) -> Plan:
     )
 
 
-def conclude(plan: Plan, began: float) -> int:
-    """Prints the table and returns the exit code."""
-    say("\n====")
-    for line in (*plan.lines, *(f"BAD {text}" for text in plan.bad)):
-        say(line)
-    say(f"{len(plan.bad)} not as they should be, {time.monotonic() - began:.0f} s")
-    return 1 if plan.bad else 0
+def conclude(began: float, *plans: Plan) -> int:
+    """Prints the tables and returns the exit code."""
+    for plan in plans:
+        say(f"\n==== {plan.model.name} {' '.join(plan.flags)}")
+        for line in (*plan.lines, *(f"BAD      {text}" for text in plan.bad)):
+            say(line)
+    bad = sum(len(plan.bad) for plan in plans)
+    say(f"{bad} not as they should be" if bad else "all as it should be")
+    say(f"seconds  in all: {time.monotonic() - began:.0f}")
+    return 1 if bad else 0

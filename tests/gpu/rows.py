@@ -184,7 +184,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="ostinato-state-") as state:
         plan = plan_of(given, state)
         asyncio.run(rows(plan, chosen, given.folder, at_once=given.at_once, layers=given.layers))
-        code = conclude(plan, began)
+        code = conclude(began, plan)
     os._exit(code)
 
 

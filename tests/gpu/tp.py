@@ -67,7 +67,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="ostinato-state-") as state:
         plan = plan_of(given, state)
         asyncio.run(check(plan, given.rows))
-        code = conclude(plan, began)
+        code = conclude(began, plan)
     os._exit(code)
 
 
