@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from ostinato.v1 import engine_pb2, types_pb2
@@ -26,12 +26,14 @@ class TokenTable(Protocol):
         """Tokens with which the model itself ends an answer."""
         ...
 
-    def piece(self, token_id: int) -> bytes:
-        """The bytes that this token adds to the text; empty for control tokens."""
+    @property
+    def pieces(self) -> Sequence[bytes]:
+        """By token id, the bytes that it adds to the text; empty for control tokens."""
         ...
 
-    def written(self, token_id: int) -> bytes:
-        """As `piece`, but a control token has the text that names it."""
+    @property
+    def written(self) -> Sequence[bytes]:
+        """As `pieces`, but a control token has the text that names it."""
         ...
 
 
@@ -50,7 +52,7 @@ class Answer:
     """
 
     def __init__(self, parameters: types_pb2.ResolvedParameters, vocabulary: TokenTable) -> None:
-        self._piece = vocabulary.written if parameters.keep_special_tokens else vocabulary.piece
+        self._pieces = vocabulary.written if parameters.keep_special_tokens else vocabulary.pieces
         self._include_stop = parameters.include_stop
         self._end_ids: frozenset[int] = frozenset() if parameters.ignore_eos else vocabulary.end_ids
         self._stop_ids = frozenset(parameters.stop_token_ids)
@@ -82,7 +84,7 @@ class Answer:
             self._logprobs.append(logprobs)
         self._reason = reason = self._reason_of(token_id)
         silent = not self._include_stop and reason in _BY_TOKEN
-        text = self._decode(b"" if silent else self._piece(token_id), bool(reason))
+        text = self._decode(b"" if silent else self._pieces[token_id], bool(reason))
         if self._stops is None or len(self._ids) <= self._min:
             self._text.append(text)
         else:

@@ -108,7 +108,7 @@ def parsed(vocabulary: Vocabulary, form: Form | None, output: types_pb2.Output, 
     """What the run's parameters ask for. Ids of calls follow from the sequence: they are the same in every run."""
     text, reasoning, wanted = output.text, "", submit.parameters.parse
     if types_pb2.PARSE_REASONING in wanted:
-        last = b"".join(map(vocabulary.written, submit.token_ids[-_LAST_TOKENS:]))
+        last = b"".join(vocabulary.written[token_id] for token_id in submit.token_ids[-_LAST_TOKENS:])
         reasoning, text = split_reasoning(text, inside=last.rstrip().endswith(_THINK.encode()))
     found = types_pb2.Parsed(content=text)
     if types_pb2.PARSE_TOOLS in wanted:

@@ -450,7 +450,7 @@ class Lexicon:
     @cached_property
     def text_bytes_max(self) -> int:
         """The most bytes of UTF-8 that one token can add to an answer's text, whatever tokens are beside it."""
-        return max(map(_text_bytes, self._pieces()), default=0)
+        return max(map(_text_bytes, self._vocabulary.pieces), default=0)
 
     @cached_property
     def control_bytes_max(self) -> int:
@@ -460,7 +460,7 @@ class Lexicon:
     @cached_property
     def _words(self) -> Mapping[str, tuple[int, ...]]:
         words: dict[str, tuple[int, ...]] = {}
-        for token_id, piece in enumerate(self._pieces()):
+        for token_id, piece in enumerate(self._vocabulary.pieces):
             try:
                 word = _bare(piece.decode())
             except UnicodeDecodeError:
@@ -468,9 +468,6 @@ class Lexicon:
             if word:
                 words[word] = (*words.get(word, ()), token_id)
         return words
-
-    def _pieces(self) -> list[bytes]:
-        return [self._vocabulary.piece(token_id) for token_id in range(self._vocabulary.size)]
 
 
 def _bare(word: str) -> str:

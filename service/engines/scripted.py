@@ -141,7 +141,6 @@ CONTROLS = {
     "<|assistant|>": 260,
     "<|tool|>": 261,
 }
-_NAMES = {token_id: text.encode() for text, token_id in CONTROLS.items()}
 _TEMPLATE = """\
 {{- bos_token }}
 {%- if tools %}{{ '<|system|>' + tools | tojson + '<|end|>' }}{% endif %}
@@ -173,7 +172,8 @@ class ByteVocabulary:
     template = _TEMPLATE
     end_ids = frozenset({END})
     source_bytes_max = max(map(len, CONTROLS))
-    _pieces = tuple(bytes([value]) for value in range(256)) + (b"",) * len(CONTROLS)
+    pieces: Sequence[bytes] = [bytes([value]) for value in range(256)] + [b""] * len(CONTROLS)
+    written: Sequence[bytes] = [*pieces[:256], *(text.encode() for text in CONTROLS)]
 
     def encode(self, text: str, *, special: bool, most: int = sys.maxsize) -> list[int]:
         return self.encode_at(text, [found.span() for found in _CONTROL.finditer(text)] if special else [])
@@ -187,12 +187,6 @@ class ByteVocabulary:
             done = last
         ids += text[done:].encode()
         return ids if ids[:1] == [BEGIN] else [BEGIN, *ids]
-
-    def piece(self, token_id: int) -> bytes:
-        return self._pieces[token_id]
-
-    def written(self, token_id: int) -> bytes:
-        return self._pieces[token_id] or _NAMES[token_id]
 
     def render(self, given: Conversation, bounds: RenderBounds) -> str:
         return _template().render(given, bounds)

@@ -25,15 +25,10 @@ class Bytes:
     end_ids = frozenset({END})
 
     def __init__(self, longer: list[bytes] | None = None) -> None:
-        self._longer = longer or []
-
-    def piece(self, token_id: int) -> bytes:
-        if token_id < 256:
-            return bytes([token_id])
-        return self._longer[token_id - 258] if token_id - 258 in range(len(self._longer)) else b""
-
-    def written(self, token_id: int) -> bytes:
-        return {END: b"<end>", CONTROL: b"<\xc3\xa9>"}.get(token_id, self.piece(token_id))
+        given = [bytes([value]) for value in range(256)] + [b"", b""] + (longer or [])
+        self.pieces = given + [b""] * (self.size - len(given))
+        names = {END: b"<end>", CONTROL: b"<\xc3\xa9>"}
+        self.written = [names.get(token_id, piece) for token_id, piece in enumerate(self.pieces)]
 
 
 @dataclass(frozen=True)
@@ -92,7 +87,7 @@ def oracle(case: Case) -> tuple[int, str, int, str]:
         if made > case.least and token == END and not case.ignore_eos:
             reason = F.FINISH_REASON_END_OF_SEQUENCE
         if case.include_stop or reason not in (F.FINISH_REASON_END_OF_SEQUENCE, F.FINISH_REASON_STOP_TOKEN):
-            data += vocabulary.written(token) if case.keep else vocabulary.piece(token)
+            data += (vocabulary.written if case.keep else vocabulary.pieces)[token]
         text = codecs.getincrementaldecoder("utf-8")("replace").decode(data, bool(reason))
         if made <= case.least:
             open_from = len(text)

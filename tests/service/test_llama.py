@@ -113,7 +113,7 @@ async def test_the_queue_keeps_its_order(bench: Bench) -> None:
 async def test_what_cannot_go_on_fails_alone(bench: Bench) -> None:
     """A run without an allowed token, or at which llama.cpp would end the process, fails alone; the engine continues."""
     size = bench.engine.vocabulary.size
-    letters = [token_id for token_id in range(size) if bench.engine.vocabulary.piece(token_id).startswith(b"a")]
+    letters = [token_id for token_id, piece in enumerate(bench.engine.vocabulary.pieces) if piece.startswith(b"a")]
     runs = [
         bench.start("x", response_format=regex("a+"), bad_token_ids=letters),
         bench.start("x", response_format=regex("a"), ignore_eos=True),

@@ -124,7 +124,7 @@ def test_every_known_way_of_cutting(tmp_path_factory: pytest.TempPathFactory, pr
     for text in TEXTS:
         ids = vocabulary.encode(text, special=True)
         assert tokenizer.encode(text).ids == ids, text
-        assert tokenizer.decode(ids).encode() == b"".join(map(vocabulary.piece, ids))
+        assert tokenizer.decode(ids).encode() == b"".join(vocabulary.pieces[each] for each in ids)
 
 
 def test_the_missing_bytes_are_missing() -> None:
@@ -178,7 +178,7 @@ async def test_text_comes_back(bench: Bench, text: str) -> None:
     vocabulary = bench.engine.vocabulary
     ids = vocabulary.encode(text, special=False)
 
-    assert b"".join(map(vocabulary.piece, ids)) == text.encode()
+    assert b"".join(vocabulary.pieces[each] for each in ids) == text.encode()
     assert vocabulary.end_ids.isdisjoint(ids)
 
 
@@ -191,7 +191,7 @@ async def test_a_chat_becomes_control_tokens(bench: Bench) -> None:
 
     assert text.startswith("<|im_start|>system\n")
     assert text.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
-    assert vocabulary.piece(ids[0]) == b""
+    assert vocabulary.pieces[ids[0]] == b""
     assert len(vocabulary.end_ids.intersection(ids)) == 1
 
 

@@ -124,17 +124,18 @@ class LlamaVocabulary:
         self.handle: int = c.llama_model_get_vocab(model)
         self.size: int = c.llama_vocab_n_tokens(self.handle)
         self.end_ids = frozenset(token_id for token_id in range(self.size) if c.llama_vocab_is_eog(self.handle, token_id))
-        self._pieces = [library().piece(self.handle, token_id, control=False) for token_id in range(self.size)]
+        self.pieces = [library().piece(self.handle, token_id, control=False) for token_id in range(self.size)]
         marks = _marks(self.handle, self.size)
         self._marks = {True: marks, False: [mark for mark in marks if not mark.control]}
         self._replaced = [replace(mark, text=_place(mark.token_id)) if mark.control else mark for mark in marks]
-        self.source_bytes_max = max(*map(len, self._pieces), *(len(mark.text) for mark in marks), 1)
+        self.source_bytes_max = max(*map(len, self.pieces), *(len(mark.text) for mark in marks), 1)
         begin = c.llama_vocab_bos(self.handle)
         self._begin_ids = [begin] if begin >= 0 and c.llama_vocab_get_add_bos(self.handle) else []
         self._begin, self._end = self._control_text(begin), self._control_text(c.llama_vocab_eos(self.handle))
-        silent = (token_id for token_id, piece in enumerate(self._pieces) if not piece)
+        silent = (token_id for token_id, piece in enumerate(self.pieces) if not piece)
         self.controls = {text: token_id for token_id in silent if (text := self._control_text(token_id))}
-        self._control_texts = {token_id: text.encode() for text, token_id in self.controls.items()}
+        names = {token_id: text.encode() for text, token_id in self.controls.items()}
+        self.written = [piece or names.get(token_id, b"") for token_id, piece in enumerate(self.pieces)]
         template: bytes | None = c.llama_model_chat_template(model, None)
         try:
             self.template = None if template is None else template.decode()
@@ -181,12 +182,6 @@ class LlamaVocabulary:
 
     def _begun(self, ids: list[int]) -> list[int]:
         return ids if ids[:1] == self._begin_ids else self._begin_ids + ids
-
-    def piece(self, token_id: int) -> bytes:
-        return self._pieces[token_id]
-
-    def written(self, token_id: int) -> bytes:
-        return self._pieces[token_id] or self._control_texts.get(token_id, b"")
 
     def render(self, given: Conversation, bounds: RenderBounds) -> str:
         if self._chat is None:

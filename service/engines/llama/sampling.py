@@ -243,7 +243,7 @@ class _Compiler:
         """`errors`: the file to which standard error goes."""
         self._errors, self._vocabulary = errors, LlamaVocabulary(model)
         library().c.common_log_set_verbosity_thold(_ERRORS_ONLY)
-        self._quote = next((each for each in range(self._vocabulary.size) if self._vocabulary.piece(each) == b'"'), None)
+        self._quote = next((token_id for token_id, piece in enumerate(self._vocabulary.pieces) if piece == b'"'), None)
         silent = set(self._vocabulary.controls.values()) - self._vocabulary.end_ids
         self._controls = np.array(sorted(silent), np.int64)
         self.problem("regex", "a")  # builds what all grammars need

@@ -178,7 +178,8 @@ class HuggingFaceVocabulary:
         added = {token_id: (each.content, each.special) for token_id, each in backend.get_added_tokens_decoder().items()}
         self.pieces = pieces(backend.get_vocab(with_added_tokens=True), added, self.size, byte_level=is_byte_level(layout))
         self.controls = {text: token_id for token_id, (text, control) in added.items() if control and token_id < self.size}
-        self._control_texts = {token_id: text.encode() for text, token_id in self.controls.items()}
+        names = {token_id: text.encode() for text, token_id in self.controls.items()}
+        self.written = [piece or names.get(token_id, b"") for token_id, piece in enumerate(self.pieces)]
         self._places = self._add_places(tokenizers.AddedToken, backend.get_added_tokens_decoder())
         self._templates = self._compiled()
         normalizer = (json.loads(layout).get("normalizer") or {}).get("type")
@@ -247,12 +248,6 @@ class HuggingFaceVocabulary:
             ]
         )  # fmt: skip
         return {self._marked.token_to_id(_place(token_id)): token_id for token_id in controls}
-
-    def piece(self, token_id: int) -> bytes:
-        return self.pieces[token_id]
-
-    def written(self, token_id: int) -> bytes:
-        return self.pieces[token_id] or self._control_texts.get(token_id, b"")
 
     def render(self, given: Conversation, bounds: RenderBounds) -> str:
         template = self._templates.get("tool_use" if given.tools and "tool_use" in self._templates else "default")
