@@ -16,18 +16,11 @@ from ostinato.chain import sealed, sealed_input
 from ostinato.client import Client
 from ostinato.compare import Side, compare
 from ostinato.digest import input_digest, output_digest
+from ostinato.retry import RETRIED
 from ostinato.v1 import generation_pb2, sequencer_pb2, types_pb2
 
 CONCURRENCY = 8
-FATAL = (
-    errors.CallLost,
-    errors.EngineUnavailable,
-    errors.Draining,
-    errors.JournalFull,
-    errors.JournalUnavailable,
-    errors.PermissionDenied,
-    errors.Unauthenticated,
-)
+FATAL = (*RETRIED, errors.PermissionDenied, errors.Unauthenticated)
 """Errors that are not about an item: they end the replay."""
 
 T = TypeVar("T")
@@ -58,12 +51,11 @@ async def bounded_gather(works: AsyncIterable[Coroutine[Any, Any, T]], limit: in
 async def replay_against(
     source: Client, other: Client, first: int, last: int, *, concurrency: int = CONCURRENCY, timeout: float | None = None
 ) -> AsyncGenerator[sequencer_pb2.ReplayResponse, None]:
-    """As `source.replay`, but run by `other`, with `concurrency` items at once.
+    """As `source.replay`, but run by `other`, with `concurrency` items at once. All sequences have to exist: see `extent`.
 
     If fingerprints differ, a comparison is INCOMPARABLE and names the fields; it still has the first difference of the outputs.
     Raises an error that prevents reading from `source` or running at `other`. An item without a verdict can be replayed again.
     """
-    log_id, last = await extent(source, first, last, timeout=timeout)
     elsewhere = Elsewhere(other, timeout)
     counts = sequencer_pb2.ReplayResponse(total=last - first + 1)
 
@@ -71,7 +63,7 @@ async def replay_against(
         [record] = await source.get(sequence, timeout=timeout)
         if record.outcome.kind != types_pb2.ENTRY_KIND_COMPLETED:
             return sequencer_pb2.ReplayResponse(passed_over=[sequence])
-        comparison, _ = await elsewhere.compared(record, f"replay {log_id[:8]}/{sequence}")
+        comparison, _ = await elsewhere.compared(record, "replay")
         differs = comparison.HasField("first_difference")
         return sequencer_pb2.ReplayResponse(comparison=comparison, record=record if differs else None)
 
@@ -86,19 +78,19 @@ async def replay_against(
             yield response
 
 
-async def extent(source: Client, first: int, last: int, *, timeout: float | None = None) -> tuple[str, int]:
-    """The log's id, and the last sequence of the range that exists. Raises NotFound if none does.
+async def extent(source: Client, first: int, last: int, *, timeout: float | None = None) -> int:
+    """The last sequence of the range that exists. Raises NotFound if none does.
 
     Only an operator may ask for the newest sequence. For other callers `last` has to exist.
     """
     try:
-        head = await source.head(timeout=timeout)
+        newest = (await source.head(timeout=timeout)).last_sequence
     except errors.PermissionDenied:
-        [record] = await source.get(last, timeout=timeout)
-        return record.admitted.log_id, last
-    if first > head.last_sequence:
-        raise errors.NotFound(f"the newest sequence is {head.last_sequence}")
-    return head.log_id, min(last, head.last_sequence)
+        await source.get(last, timeout=timeout)
+        return last
+    if first > newest:
+        raise errors.NotFound(f"the newest sequence is {newest}")
+    return min(last, newest)
 
 
 def request(record: sequencer_pb2.ItemRecord, request_id: str) -> generation_pb2.GenerateRequest:
@@ -127,11 +119,12 @@ class Elsewhere:
         self._fingerprints: dict[bytes, Mapping[str, str] | None] = {}
 
     async def compared(
-        self, record: sequencer_pb2.ItemRecord, request_id: str
+        self, record: sequencer_pb2.ItemRecord, why: str
     ) -> tuple[types_pb2.Comparison, types_pb2.Result | None]:
-        """The verdict, and the other sidecar's result. Without one, the comparison's status says why. Raises FATAL errors."""
+        """The verdict, and the other sidecar's result. Without one, the comparison's status says why. Raises FATAL errors.
+        `why`: begins the label of the request, which names the record."""
         try:
-            return await self._compared(record, request_id)
+            return await self._compared(record, f"{why} {record.admitted.log_id[:8]}/{record.admitted.sequence}")
         except FATAL:
             raise
         except errors.OstinatoError as error:

@@ -49,7 +49,7 @@ async def replay(
     async with AsyncExitStack() as stack:
         source = await stack.enter_async_context(session.client(RESPONSE_BYTES))
         other = session.against(against).client(RESPONSE_BYTES) if against is not None else None
-        _, last = await extent(source, first, last, timeout=session.timeout)
+        last = await extent(source, first, last, timeout=session.timeout)
         concurrency = 1 if alone else concurrency
         if other is None:
             responses = source.replay(first, last, concurrency=concurrency, alone=alone, timeout=session.timeout)

@@ -364,7 +364,6 @@ class Verification:
         }
 
     def _proof(self, kind: str, place: str, log_id: str, index: int, entry_hash: bytes) -> Proof:
-        """A new proof."""
         proof = Proof(kind, place, log_id, index, entry_hash)
         self.proofs.append(proof)
         if self._log_id is not None and log_id != self._log_id:
