@@ -20,22 +20,20 @@ RESPONSE_BYTES = 2**28
 """A response may hold two outputs of the largest size that a caller was allowed."""
 PASSED_OVER = "passed over"
 
-Against = Annotated[
-    str | None,
-    typer.Option(
-        metavar="TARGET",
-        help="Run them at another sidecar, as ordinary requests with the same credentials.",
-        show_default=False,
-    ),
-]
-
 
 async def replay(
     session: Session,
     sequences: Annotated[
         str, typer.Argument(metavar="A..B", help="Sequences, both included; A.., ..B, or one.", show_default=False)
     ],
-    against: Against = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TARGET",
+            help="Run them at another sidecar, as ordinary requests with the same credentials.",
+            show_default=False,
+        ),
+    ] = None,
     concurrency: Annotated[
         int, typer.Option(min=0, max=64, help=f"Runs at once; 0, the default, is {CONCURRENCY}.", show_default=False)
     ] = 0,

@@ -21,14 +21,14 @@ COLUMNS = (
 WORST = 3
 """Sampling settings with the most divergence that are printed."""
 
-Html = Annotated[
-    Path | None,
-    typer.Option("--html", help="Write a page with charts to this file; needs the extra `report`.", show_default=False),
-]
-Confidence = Annotated[float, typer.Option(help="Confidence of the intervals, above 0 and below 1.")]
 
-
-async def report(session: Session, html: Html = None, confidence: Confidence = 0.95) -> int:
+async def report(
+    session: Session,
+    html: Annotated[
+        Path | None, typer.Option(help="Write a page with charts to this file; needs the extra `report`.", show_default=False)
+    ] = None,
+    confidence: Annotated[float, typer.Option(help="Confidence of the intervals, above 0 and below 1.")] = 0.95,
+) -> int:
     """Shows how often outputs diverged. With confidence intervals, since when, and where; fails while an alarm is up."""
     if not 0 < confidence < 1:
         raise typer.BadParameter("--confidence: must be above 0 and below 1")

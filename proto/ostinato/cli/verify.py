@@ -57,27 +57,23 @@ ON_TRUST = "the entry before it is unknown, so its content is on trust"
 KINDS = {"receipt": "receipts", "entry": "entries", "head": "heads"}
 """Kinds of proofs, and how several are called."""
 
-Keys = Annotated[
-    list[Path] | None,
-    typer.Option("--key", metavar="PEM", help="The log's public key; may be repeated, for old keys.", show_default=False),
-]
-Log = Annotated[str | None, typer.Option("--log", metavar="ID", help="The log that it must be of.", show_default=False)]
-Witness = Annotated[
-    str | None,
-    typer.Option(
-        metavar="FILE|URL",
-        help="Signed heads that a witness holds: its file, its URL, or the second log as tail --json --payloads prints it.",
-        show_default=False,
-    ),
-]
-
 
 def verify(
     session: Session,
     file: Annotated[Path, typer.Argument(help="JSON or JSON lines; - is stdin.", show_default=False)],
-    key: Keys = None,
-    log: Log = None,
-    witness: Witness = None,
+    key: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="PEM", help="The log's public key; may be repeated, for old keys.", show_default=False),
+    ] = None,
+    log: Annotated[str | None, typer.Option(metavar="ID", help="The log that it must be of.", show_default=False)] = None,
+    witness: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE|URL",
+            help="Signed heads that a witness holds: its file, its URL, or the second log as tail --json --payloads prints it.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> int:
     """Verifies receipts, entries and heads offline. They are what generate, get, tail and head print with --json.
 
