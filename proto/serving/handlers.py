@@ -33,7 +33,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from ostinato import tracing
 from ostinato.errors import Internal, MalformedMessage, OstinatoError, QueueFull, SlowReader, Unauthenticated, to_status
 from serving.auth import CALLER, NONE, Context, Credentials, caller
-from serving.intake import RETRY_SECONDS, Bounds, Intake, shape_of
+from serving.intake import CHARGE, RETRY_SECONDS, Bounds, Intake, shape_of
 
 STATUS_BYTES_MAX, MESSAGE_BYTES_MAX, OTHER_DETAILS_BYTES = 3072, 768, 256
 """Of a google.rpc.Status. It travels in headers, as base64, and its message once more, percent-encoded. A peer must accept
@@ -134,6 +134,8 @@ class Guard(grpc.GenericRpcHandler):
         self.closed = True
         for call in self.endless:
             call.cancel()
+        if self.intake is not None:
+            self.intake.close()
 
     def _wrap(self, path: str, handler: Any) -> Any:
         streams = bool(handler.response_streaming)
@@ -164,51 +166,62 @@ class _Method:
 
     async def handle(self, request: Any, context: Context) -> bytes | None:
         """The answer of one call, serialised; None if it streams."""
+        try:
+            with _Observation(self, context) if self._observed else contextlib.nullcontext():
+                return await self._handled(request, context)
+        except (asyncio.CancelledError, grpc.aio.BaseError) as error:
+            intake, charge = self._guard.intake, CHARGE.get()
+            read = self.takes_stream or (charge is not None and charge.whole)
+            if intake is not None and not read and not isinstance(error, grpc.aio.AbortError):
+                await intake.reset(caller().tenant)
+            raise
+
+    async def _handled(self, request: Any, context: Context) -> bytes | None:
+        """The same, unobserved."""
         guard, intake, charge = self._guard, self._guard.intake, None
-        with _Observation(self, context) if self._observed else contextlib.nullcontext():
-            try:
-                tenant = self._admit(context)
-                if intake is not None:
-                    charge = intake.enter(tenant)
-                    if intake.shared and (seconds := intake.ahead(tenant)) > 0:
-                        await asyncio.sleep(seconds)
-                if self.takes_stream:
-                    given: Any = self._messages(request)
-                else:
-                    read = context.read() if charge is None or intake is None else intake.receive(context, charge, self._shape)
-                    given = self._parsed(await read)
-                if self.takes_stream or self._gives_stream:
-                    context = cast(Context, _CheckedContext(context, self._parsed, self._serialize, guard.unwritten))
-                if self._generates:  # closed when the call ends early: the garbage collector would do that later
-                    async with contextlib.aclosing(self._behaviour(given, context)) as answers:
-                        async for answer in answers:
-                            if guard.write_seconds is None:
-                                await context.write(answer)
-                            else:
-                                await self._write(answer, context, guard.write_seconds)
-                    return None
-                made = await self._behaviour(given, context)
-                return None if self._gives_stream else self._counted(made, context)
-            except Unauthenticated as error:
-                if intake is not None:
-                    await intake.refused()
-                await _abort(context, error)
-            except OstinatoError as error:
-                await _abort(context, error)
-            except asyncio.CancelledError:
-                if refused := guard.credentials.refusal():
-                    await _abort(context, refused)
-                if not (self._endless and guard.closed):
-                    raise
-                await context.abort(grpc.StatusCode.UNAVAILABLE, "the server is stopping")
-            except grpc.aio.BaseError:  # the handler has aborted, or the caller is gone
+        try:
+            tenant = self._admit(context)
+            if intake is not None:
+                charge = intake.enter(tenant)
+                if intake.shared and (seconds := intake.ahead(tenant)) > 0:
+                    await asyncio.sleep(seconds)
+            if self.takes_stream:
+                given: Any = self._messages(request)
+            else:
+                read = context.read() if charge is None or intake is None else intake.receive(context, charge, self._shape)
+                given = self._parsed(await read)
+            if self.takes_stream or self._gives_stream:
+                context = cast(Context, _CheckedContext(context, self._parsed, self._serialize, guard.unwritten))
+            if self._generates:  # closed when the call ends early: the garbage collector would do that later
+                async with contextlib.aclosing(self._behaviour(given, context)) as answers:
+                    async for answer in answers:
+                        if guard.write_seconds is None:
+                            await context.write(answer)
+                        else:
+                            await self._write(answer, context, guard.write_seconds)
+                return None
+            made = await self._behaviour(given, context)
+            return None if self._gives_stream else self._counted(made, context)
+        except Unauthenticated as error:
+            if intake is not None:
+                await intake.refused()
+            await _abort(context, error)
+        except OstinatoError as error:
+            await _abort(context, error)
+        except asyncio.CancelledError:
+            if refused := guard.credentials.refusal():
+                await _abort(context, refused)
+            if not (self._endless and guard.closed):
                 raise
-            except Exception:  # noqa: BLE001  # whatever it is, the caller gets a code and the log gets the rest
-                _log.exception("handler failed", extra={"method": self._path})
-                await _abort(context, Internal("internal error"))
-            finally:
-                if charge is not None and intake is not None:
-                    intake.leave(charge)
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "the server is stopping")
+        except grpc.aio.BaseError:  # the handler has aborted, or the caller is gone
+            raise
+        except Exception:  # noqa: BLE001  # whatever it is, the caller gets a code and the log gets the rest
+            _log.exception("handler failed", extra={"method": self._path})
+            await _abort(context, Internal("internal error"))
+        finally:
+            if charge is not None and intake is not None:
+                intake.leave(charge)
 
     def _parsed(self, data: Any) -> Any:
         """Raises MalformedMessage for what is no wire format, or text that is not UTF-8."""

@@ -13,6 +13,9 @@ The caller is known before a byte of the request is read. Then, in this order:
 Each of the three bounds is shared: a tenant takes no more than it leaves for the others. So one tenant has at most half, the
 next half of the rest, and a tenant that has nothing finds something. Beyond that a call is refused (QUEUE_FULL) or, for room to
 arrive, waits behind those of its own tenant. Callers without credentials count as one tenant, also for health.
+
+A call that is reset before its request was read costs as much as it did, and the next may be there at once. So it ends, and
+frees its place on its connection, at a bounded rate (--tenant-resets-second).
 """
 
 from __future__ import annotations
@@ -97,6 +100,9 @@ class Bounds:
     connection_grace_seconds: float = field(3600.0, "after that, for its calls to end", minimum=0.0)
     calls_max: int = field(4096, "calls open at once", minimum=2)
     tenant_calls_second: float = field(500.0, "calls of one tenant in a second, while others call", minimum=1.0)
+    tenant_resets_second: float = field(
+        250.0, "calls of one tenant, reset before their request was read, that end in a second", minimum=1.0
+    )
     arriving_bytes_max: int = field(48 << 20, "requests being received, each counted as --message-bytes-max", minimum=2048)
     arrival_seconds_max: float = field(20.0, "for a request to arrive, from its first byte on", minimum=0.01)
     request_bytes_max: int = field(96 << 20, "memory of requests that are worked on or wait", minimum=1024)
@@ -159,11 +165,13 @@ class Pool:
 class Charge:
     """The memory of one request. It is given back when nothing holds it any more: the call, and each of its items."""
 
-    __slots__ = ("_bytes", "_holders", "_pool", "tenant")
+    __slots__ = ("_bytes", "_holders", "_pool", "tenant", "whole")
 
     def __init__(self, pool: Pool, tenant: str) -> None:
         self._pool, self.tenant = pool, tenant
         self._bytes, self._holders = 0, 1
+        self.whole = False
+        """Whether the request has arrived."""
 
     def prepared(self, size: int) -> None:
         """It was prepared: one copy is left, and what it was made into, of so many bytes as a message. Raises QueueFull."""
@@ -207,6 +215,11 @@ class Intake:
         """Whose the latest call is, and when it was another tenant's than the one before."""
         self._due: dict[str, float] = {}
         """By tenant that calls often: when its next call is due."""
+        self._resets: dict[str, float] = {}
+        """By tenant: when its next reset call ends."""
+        self._reset: set[asyncio.Task[Any]] = set()
+        """Reset calls that wait for that."""
+        self._closed = False
         self._reading: dict[asyncio.Task[Any], float] = {}
         """When they began. One that is not here any more was too late."""
         self._sweeping: asyncio.TimerHandle | None = None
@@ -235,6 +248,28 @@ class Intake:
         due = self._due[tenant] = max(self._due.get(tenant, 0.0), now - BURST_SECONDS) + 1 / self.bounds.tenant_calls_second
         return due - now
 
+    async def reset(self, tenant: str) -> None:
+        """Keeps a call that was reset before its request was read, as long as its tenant's rate demands. Until then gRPC counts
+        it among the calls of its connection (--connection-calls-max). Else others would wait behind the calls that follow."""
+        if self._closed or len(self._reset) >= self.bounds.calls_max:
+            return
+        task, now = asyncio.current_task(), asyncio.get_running_loop().time()
+        assert task is not None, "a handler runs in a task"
+        due = self._resets[tenant] = max(self._resets.get(tenant, 0.0), now) + 1 / self.bounds.tenant_resets_second
+        self._reset.add(task)
+        try:
+            await asyncio.sleep(due - now)
+        finally:
+            self._reset.discard(task)
+            if not self._reset:
+                self._resets.clear()
+
+    def close(self) -> None:
+        """Reset calls end at once from now on: the server stops."""
+        self._closed = True
+        for task in self._reset:
+            task.cancel()
+
     async def receive(self, context: grpc.aio.ServicerContext[Any, Any], charge: Charge, shape: Shape) -> bytes:
         """The call's one message, as bytes that were counted. Raises a Refused, InvalidRequest or DeadlineExceeded.
 
@@ -252,7 +287,7 @@ class Intake:
             data = await context.read()
             if not isinstance(data, bytes):
                 raise MalformedMessage("the call has no message")
-            seconds = len(data) / PLACE_BYTES_SECOND
+            charge.whole, seconds = True, len(data) / PLACE_BYTES_SECOND
             fields = counted(data, shape, items, FIELDS_PER_ITEM * items)
             seconds += fields / PLACE_FIELDS_SECOND
         except asyncio.CancelledError:

@@ -280,3 +280,31 @@ async def test_a_tenants_calls_are_spread_out_while_others_call() -> None:
     assert max(early[:10]) <= 0
     assert early[-1] == pytest.approx(1000 / 100 - BURST_SECONDS, abs=2)
     assert ahead("b") <= 0
+
+
+async def test_reset_calls_of_a_tenant_end_at_a_rate() -> None:
+    """They end one after another. Another tenant's does not wait behind them, and neither does one beyond --calls-max."""
+    intake, ended = Intake(Bounds(tenant_resets_second=100.0, calls_max=42)), list[str]()
+
+    async def reset(tenant: str) -> None:
+        await intake.reset(tenant)
+        ended.append(tenant)
+
+    async with asyncio.TaskGroup() as group:
+        for tenant in ["a"] * 40 + ["b", "a", "c"]:
+            group.create_task(reset(tenant))
+
+    assert ended[0] == "c"
+    assert "b" in ended[:10]
+    assert ended[-1] == "a"
+
+
+async def test_a_stop_ends_reset_calls() -> None:
+    """Those that wait are cancelled, and later ones do not wait."""
+    intake = Intake(Bounds(tenant_resets_second=0.001))
+    waiting = asyncio.create_task(intake.reset("a"))
+    await asyncio.sleep(0)
+    intake.close()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    await asyncio.wait_for(intake.reset("a"), 10)

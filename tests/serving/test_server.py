@@ -21,6 +21,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 from prometheus_client import CollectorRegistry
 
 from ostinato.v1 import generation_pb2_grpc
+from serving.intake import Bounds
 from serving.program import StartupError
 from serving.server import Server, probe
 from serving.settings import field
@@ -465,3 +466,26 @@ async def _code(channel: Any, path: str, data: bytes) -> grpc.StatusCode:
         call = (channel.unary_stream if path.endswith("Watch") else channel.unary_unary)(path)(data)
     code: grpc.StatusCode = await call.code()
     return code
+
+
+async def test_a_connection_whose_calls_are_reset_takes_no_more_than_its_places() -> None:
+    """Further calls on it are refused before they are taken up, another connection is served, and a stop does not wait."""
+    registry = CollectorRegistry()
+    server = Server(["127.0.0.1:0"], registry=registry, bounds=Bounds(connection_calls_max=8, tenant_resets_second=0.01))
+    server.add(register, Echo(), NAME)
+    await server.start()
+
+    def open_calls() -> float | None:
+        return registry.get_sample_value("ostinato_open_calls")
+
+    async with connected(server.addresses[0], window=65535) as peer:
+        streams = []
+        for _ in range(30):
+            streams.append(peer.begin(f"/{NAME}/UnaryUnary"))
+            await eventually(lambda: open_calls() == 1 or peer.ended[streams[-1]].is_set(), "it is taken up or refused")
+            peer.reset(streams[-1])
+            await eventually(lambda: open_calls() == 0, "it has ended")
+        await answers(server.addresses[0])
+        await asyncio.wait_for(server.stop(grace=60), 30)
+
+    assert [peer.ended[stream].is_set() for stream in streams] == [False] * 9 + [True] * 21, "gRPC lets one more than 8 in"
