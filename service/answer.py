@@ -24,17 +24,14 @@ class TokenTable(Protocol):
     @property
     def end_ids(self) -> frozenset[int]:
         """Tokens with which the model itself ends an answer."""
-        ...
 
     @property
     def pieces(self) -> Sequence[bytes]:
         """By token id, the bytes that it adds to the text; empty for control tokens."""
-        ...
 
     @property
     def written(self) -> Sequence[bytes]:
         """As `pieces`, but a control token has the text that names it."""
-        ...
 
 
 class Answer:

@@ -41,11 +41,9 @@ class Vocabulary(TokenTable, Protocol):
     @property
     def controls(self) -> Mapping[str, int]:
         """The ids of control tokens, by their text."""
-        ...
 
     def render(self, given: Conversation, bounds: RenderBounds) -> str:
         """The chat as text. Raises ValueError with the template's message, and OutOfBounds."""
-        ...
 
     def encode(self, text: str, *, special: bool, most: int = sys.maxsize) -> list[int]:
         """The token ids of `text`, after the model's begin token unless the text starts with it.
@@ -54,27 +52,22 @@ class Vocabulary(TokenTable, Protocol):
         Takes time in proportion to the text, whatever is in it: tenants choose it. May raise TooManyTokens for more than
         `most`, as soon as that is known.
         """
-        ...
 
     def encode_at(self, text: str, places: Sequence[Span], *, most: int = sys.maxsize) -> list[int]:
         """As `encode`, but control tokens are recognised at these places only, which are in order. May raise ValueError with
         the reason why they cannot be told apart from the text."""
-        ...
 
     @property
     def source_bytes_max(self) -> int | None:
         """The most bytes of a prompt's text that become one token, control tokens included. None: any number of them may."""
-        ...
 
     @property
     def template(self) -> str | None:
         """The chat template, if the model has one."""
-        ...
 
     def files(self) -> Mapping[str, bytes]:
         """Hugging Face's tokenizer.json and tokenizer_config.json, which give the same token ids for texts and chats. Takes up
         to a second. Raises ValueError with the reason where they cannot be made."""
-        ...
 
 
 class Run(msgspec.Struct, frozen=True):
@@ -128,86 +121,53 @@ Events = list[engine_pb2.RunEvent]
 class Engine(Protocol):
     """A loaded model. Made by `service.engines.load`."""
 
-    @property
-    def name(self) -> str:
-        """One of "llama", "turbomind" and "scripted"."""
-        ...
-
-    @property
-    def model_name(self) -> str: ...
+    name: str
+    """One of "llama", "turbomind" and "scripted"."""
+    model_name: str
+    context_tokens: int
+    """Prompt and answer of one run together."""
+    top_k_max: int
+    chat: bool
+    """Whether `Vocabulary.render` works."""
+    logprob_kind: types_pb2.LogprobKind.ValueType
+    capacity: engine_pb2.Capacity
+    prefix_cache: bool
+    """Whether a prompt's prefix may be reused from an earlier one, in blocks of `Capacity.block_tokens`. If so, the
+    self-test covers it."""
+    piece_tokens: int
+    """A longer prompt is computed in pieces that end at multiples of this; 0: never. The self-test covers it."""
+    proof_seconds: float
+    """The part of the load time that proved `ceiling`; 0 where no proof is needed."""
 
     @property
     def vocabulary(self) -> Vocabulary: ...
 
     @property
-    def context_tokens(self) -> int:
-        """Prompt and answer of one run together."""
-        ...
-
-    @property
-    def top_k_max(self) -> int: ...
-
-    @property
-    def chat(self) -> bool:
-        """Whether `Vocabulary.render` works."""
-        ...
-
-    @property
-    def logprob_kind(self) -> types_pb2.LogprobKind.ValueType: ...
-
-    @property
-    def capacity(self) -> engine_pb2.Capacity: ...
-
-    @property
-    def prefix_cache(self) -> bool:
-        """Whether a prompt's prefix may be reused from an earlier one, in blocks of `Capacity.block_tokens`. If so, the
-        self-test covers it."""
-        ...
-
-    @property
-    def piece_tokens(self) -> int:
-        """A longer prompt is computed in pieces that end at multiples of this; 0: never. The self-test covers it."""
-        ...
-
-    @property
     def fields(self) -> Mapping[str, str]:
         """The fingerprint's fields. "model", "weights", "tokenizer" and "template", where present, identify the model: an item
         prepared for one model never runs on another."""
-        ...
 
     @property
     def ceiling(self) -> tuple[types_pb2.Grade.ValueType, str]:
         """The best grade possible with this configuration, and the reason. The self-test does not test for a better one."""
-        ...
-
-    @property
-    def proof_seconds(self) -> float:
-        """The part of the load time that proved `ceiling`; 0 where no proof is needed."""
-        ...
 
     def check_format(self, response_format: types_pb2.ResponseFormat) -> None:
         """Raises ValueError if the engine cannot obey this grammar. Thread-safe."""
-        ...
 
     def collect(self) -> Iterable[Metric]:
         """The engine's own metrics, for a Prometheus registry. Thread-safe."""
-        ...
 
     def start(self, on_events: Callable[[Events], None], on_grade: Callable[[types_pb2.Grade.ValueType, str], None]) -> None:
         """Start to work, on the running event loop; both functions are called there.
 
         `on_grade` reports that from now on the grade is at most this, and why. The service does not raise it again.
         """
-        ...
 
     def submit(self, run: Run) -> None:
         """Queue a run. Runs enter the batch in the order of these calls. Never blocks or refuses."""
-        ...
 
     def cancel(self, run_id: int) -> None:
         """Stop a run within one step, without further events. Ignores unknown and ended runs."""
-        ...
 
     async def close(self) -> None:
         """Stop all runs without events, and free the model."""
-        ...

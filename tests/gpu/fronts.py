@@ -34,7 +34,6 @@ class Front(Protocol):
 
     async def ask(self, asks: Sequence[Ask], *, stream: bool = False) -> Answers:
         """The answers by name; cancelled asks have none."""
-        ...
 
     async def describe(self) -> types_pb2.Model: ...
 
