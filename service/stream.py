@@ -148,11 +148,21 @@ class Streams:
     def admitted(self, first: engine_pb2.ExecuteRequest) -> Iterator[Stream]:
         """The new stream that begins with this message, connected until the context ends."""
         try:
-            stream = self._admit(first)
+            if not first.HasField("hello"):
+                raise ProtocolViolation("a stream begins with hello")
+            self.fence.admit(first.hello)
+            if self._current is not None:  # it is still connected
+                self._current.replace(first.hello.epoch)
+            stream = self._current = Stream(self, first.hello)
+            self.metrics.streams.set(1)
+            _log.info("sidecar connected", extra=_names(first.hello))
             try:
                 yield stream
             finally:
-                self._leave(stream)
+                stream.stop()
+                _log.info("sidecar gone", extra=_names(first.hello))
+                if self._current is stream:
+                    self._leave()
         except OstinatoError as error:
             self.metrics.refused.labels(error.reason).inc()
             _log.warning("stream refused", extra={"reason": error.reason, "why": error.message})
@@ -170,27 +180,12 @@ class Streams:
         if self.file is not None:
             self.file.write_soon(self.fence.sequences)
 
-    def _admit(self, first: engine_pb2.ExecuteRequest) -> Stream:
-        """The new stream; the one before, if it is still connected, has been stopped."""
-        if not first.HasField("hello"):
-            raise ProtocolViolation("a stream begins with hello")
-        self.fence.admit(first.hello)
-        if self._current is not None:
-            self._current.replace(first.hello.epoch)
-        self._current = Stream(self, first.hello)
-        self.metrics.streams.set(1)
-        _log.info("sidecar connected", extra=_names(first.hello))
-        return self._current
-
-    def _leave(self, stream: Stream) -> None:
-        stream.stop()
-        _log.info("sidecar gone", extra=_names(stream.hello))
-        if self._current is stream:
-            self._current = None
-            self.fence.leave()
-            if self.file is not None:
-                self.file.flush()
-            self.metrics.streams.set(0)
+    def _leave(self) -> None:
+        self._current = None
+        self.fence.leave()
+        if self.file is not None:
+            self.file.flush()
+        self.metrics.streams.set(0)
 
 
 class Stream:

@@ -83,11 +83,13 @@ class Collisions:
     ) -> sequencer_pb2.Collision.ValueType:
         """Whether an equal input of the group with another seed had this output. UNSPECIFIED if there is nothing to compare
         with, or if an equal output would show nothing."""
-        if not given.seed_derived or not _is_free(given.parameters) or len(output.token_ids) < TOKENS_MIN:
+        parameters = given.parameters
+        free = parameters.temperature > 0 and parameters.top_k != 1 and not parameters.HasField("response_format")
+        if not (given.seed_derived and free) or len(output.token_ids) < TOKENS_MIN:
             return COLLISION_UNSPECIFIED
-        if choice_of(given.parameters, output).bits < CHOICE_BITS_MIN:
+        if choice_of(parameters, output).bits < CHOICE_BITS_MIN:
             return COLLISION_UNSPECIFIED
-        name, digest = (group, unseeded_input_digest(given.token_ids, given.parameters)), output_digest(output)
+        name, digest = (group, unseeded_input_digest(given.token_ids, parameters)), output_digest(output)
         seeds = self._inputs.setdefault(name, {})
         self._inputs.move_to_end(name)
         known = bool(seeds)
@@ -136,7 +138,3 @@ def _bits_at_least(sampled: types_pb2.TokenLogprobs, temperature: float) -> floa
     """A lower bound for one token, from the tokens that are likelier."""
     likelier = (top.logprob - sampled.logprob for top in sampled.top if top.logprob > sampled.logprob)
     return math.log2(1.0 + math.fsum(math.exp(min(each / temperature, 500.0)) for each in likelier))
-
-
-def _is_free(parameters: types_pb2.ResolvedParameters) -> bool:
-    return parameters.temperature > 0 and parameters.top_k != 1 and not parameters.HasField("response_format")

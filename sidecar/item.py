@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from ostinato.compare import compare_prefix
 from ostinato.digest import input_digest
@@ -186,22 +187,9 @@ def need_of(payload: sequencer_pb2.AdmittedPayload) -> Need:
     return Need(kv_tokens(payload), payload.model_digest, payload.required_grade)
 
 
-def submission(
-    payload: sequencer_pb2.AdmittedPayload,
-    *,
-    run_id: int,
-    purpose: engine_pb2.Purpose.ValueType,
-    sequence: int,
-    attempt: int,
-    stream: bool,
-    timeout_seconds: float,
-    traceparent: str,
-    ahead: bool = False,
-) -> engine_pb2.Submit:
-    """A recorded input as a run. It is not rendered or tokenised again."""
-    submit = engine_pb2.Submit(run_id=run_id, purpose=purpose, sequence=sequence, attempt=attempt, seed=payload.seed)
-    submit.token_ids.extend(payload.token_ids)
-    submit.parameters.CopyFrom(payload.parameters)
-    submit.stream, submit.ahead, submit.traceparent = stream, ahead, traceparent
-    submit.timeout_millis = max(1, round(timeout_seconds * 1000))
-    return submit
+def submission(payload: sequencer_pb2.AdmittedPayload, timeout_seconds: float, **about: Any) -> engine_pb2.Submit:
+    """A recorded input as a run, with these other fields. It is not rendered or tokenised again."""
+    millis = max(1, round(timeout_seconds * 1000))
+    return engine_pb2.Submit(
+        token_ids=payload.token_ids, parameters=payload.parameters, seed=payload.seed, timeout_millis=millis, **about
+    )

@@ -160,7 +160,7 @@ class EngineLink:
                     raise errors.ProtocolViolation("a message that cannot be parsed")
                 if response.HasField("welcome"):
                     check_description(response.welcome.description)
-                    self._preparing.open()
+                    self._preparing.open = True
                     self._metadata = metadata
                     listener.engine_up(response.welcome.description)
                     up = True

@@ -317,12 +317,12 @@ class Pipeline:
         self.link.submit(
             submission(
                 item.input,
+                submit.expires_at - now,
                 run_id=submit.run_id,
                 purpose=engine_pb2.PURPOSE_PRIMARY,
                 sequence=submit.sequence,
                 attempt=submit.attempt,
                 stream=any(waiter.wants_tokens for waiter in item.waiters),
-                timeout_seconds=submit.expires_at - now,
                 traceparent=self.observer.submitted(item, submit.attempt, again=again),
                 ahead=submit.ahead,
             )

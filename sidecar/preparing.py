@@ -25,15 +25,12 @@ class Preparing:
     """Requests to prepare on their way out, and the futures of their answers. Closed while there is no stream."""
 
     def __init__(self) -> None:
-        self._open = False
+        self.open = False
         self._last_id = 0
         self.unsent: deque[engine_pb2.PrepareRequest] = deque()
         """Some of them may have been given up."""
         self._answers: dict[int, tuple[Answer, int]] = {}
         """By prepare id: those not answered yet, each with the number of its items."""
-
-    def open(self) -> None:
-        self._open = True
 
     def ask(self, request: engine_pb2.PrepareRequest, timeout: float | None) -> Answer:
         """Takes the request over. To give it up, cancel its answer.
@@ -45,7 +42,7 @@ class Preparing:
         request.prepare_id = self._last_id
         loop = asyncio.get_running_loop()
         answer: Answer = loop.create_future()
-        if not self._open:
+        if not self.open:
             answer.set_exception(unreachable())
             return answer
         self._answers[request.prepare_id] = answer, len(request.items)
@@ -82,7 +79,7 @@ class Preparing:
 
     def lose(self) -> None:
         """The stream is closed: every answer is EngineUnavailable."""
-        self._open = False
+        self.open = False
         self.unsent.clear()
         for answer, _ in self._answers.values():
             _fail(answer, unreachable())

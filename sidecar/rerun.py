@@ -147,12 +147,12 @@ class Rerunner:
         rerun.run_id, rerun.fingerprint_digest = run_id, fingerprint_digest
         return submission(
             rerun.input,
+            timeout_seconds,
             run_id=run_id,
             purpose=rerun.purpose,
             sequence=rerun.sequence,
             attempt=1,
             stream=False,
-            timeout_seconds=timeout_seconds,
             traceparent=rerun.span.traceparent,
         )
 

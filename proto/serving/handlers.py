@@ -125,7 +125,10 @@ class Guard(grpc.GenericRpcHandler):
             handler = next((found for each in self._inner if (found := each.service(details)) is not None), None)
             if handler is None:
                 return None
-            self._wrapped[path] = self._wrap(path, handler)
+            streams = bool(handler.response_streaming)
+            make = grpc.stream_stream_rpc_method_handler if streams else grpc.stream_unary_rpc_method_handler
+            # Without a deserialiser: gRPC's cannot refuse a message.
+            self._wrapped[path] = make(_Method(self, path, handler).handle)
         return self._wrapped[path]
 
     def close_streams(self) -> None:
@@ -136,11 +139,6 @@ class Guard(grpc.GenericRpcHandler):
             call.cancel()
         if self.intake is not None:
             self.intake.close()
-
-    def _wrap(self, path: str, handler: Any) -> Any:
-        streams = bool(handler.response_streaming)
-        make = grpc.stream_stream_rpc_method_handler if streams else grpc.stream_unary_rpc_method_handler
-        return make(_Method(self, path, handler).handle)  # without a deserialiser: gRPC's cannot refuse a message
 
 
 class _Method:

@@ -51,7 +51,7 @@ def test_each_gets_its_own_answer(deeds: Sequence[str], data: st.DataObject) -> 
 
     async def play() -> None:
         preparing = Preparing()
-        preparing.open()
+        preparing.open = True
         tasks = dict[str, asyncio.Task[str]]()
         expected, unsent, out = dict[str, str](), list[str](), dict[str, engine_pb2.PrepareRequest]()
         settled = list[engine_pb2.PrepareRequest]()
@@ -87,7 +87,7 @@ def test_each_gets_its_own_answer(deeds: Sequence[str], data: st.DataObject) -> 
                     preparing.lose()
                     expected |= dict.fromkeys(waiting, "lost")
                     unsent, out = [], {}
-                    preparing.open()
+                    preparing.open = True
             await asyncio.sleep(0)
             await asyncio.sleep(0)
         preparing.lose()
@@ -105,7 +105,7 @@ def test_each_gets_its_own_answer(deeds: Sequence[str], data: st.DataObject) -> 
 async def test_a_deadline_that_passes() -> None:
     """The asker hears of it, and the request is not sent any more."""
     preparing = Preparing()
-    preparing.open()
+    preparing.open = True
     with pytest.raises(errors.DeadlineExceeded):
         await preparing.ask(asked(), 0.001)
 
@@ -119,7 +119,7 @@ async def test_without_a_stream() -> None:
         with pytest.raises(errors.EngineUnavailable) as caught:
             await preparing.ask(asked(), None)
         assert caught.value.retry_after == 1.0
-        preparing.open()
+        preparing.open = True
         preparing.lose()
 
 
