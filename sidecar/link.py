@@ -50,13 +50,11 @@ class Listener(Protocol):
 
     def engine_up(self, description: engine_pb2.DescribeResponse) -> None:
         """Welcome, or a changed description."""
-        ...
 
     def engine_events(self, events: Sequence[engine_pb2.RunEvent]) -> None: ...
 
     def engine_fault(self, error: errors.ProtocolViolation) -> None:
         """The service violated the protocol. The stream ends."""
-        ...
 
     def engine_down(self, error: errors.OstinatoError) -> None: ...
 

@@ -70,11 +70,9 @@ class Unwritten(Protocol):
 
     def writing(self, count: int) -> Callable[..., None]:
         """Adds bytes for the caller in whose task this is called, until the returned function is called, with whatever."""
-        ...
 
     def late(self) -> None:
         """A call was lost because one of its messages was not written in time."""
-        ...
 
 
 class Guard(grpc.GenericRpcHandler):

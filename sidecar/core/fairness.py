@@ -58,7 +58,6 @@ class Batch(Protocol):
     @property
     def cost(self) -> int:
         """At least 1."""
-        ...
 
     @property
     def deadline(self) -> float | None: ...

@@ -421,65 +421,50 @@ class Store(Protocol):
     @property
     def head(self) -> Head:
         """After the newest entry that is known here."""
-        ...
 
     @property
     def reserved(self) -> bool:
         """Whether room is held back for outcomes; without it admissions are refused."""
-        ...
 
     @property
     def poll_seconds(self) -> float | None:
         """How often to look for what other writers append; None: there are none."""
-        ...
 
     def newest(self) -> Head:
         """The head, with what other writers have appended."""
-        ...
 
     def append_many(self, drafts: Sequence[Draft], now_millis: int) -> list[Appended]:
         """One transaction: all of them in this order, durable on return, or none. JournalFull, and RecordDamaged of what one of
         them needs: nothing has changed. CommitUnknown: append the same drafts again, before any others."""
-        ...
 
     def binding(self, tenant: str, key: str, now_millis: int) -> Binding | None:
         """What a key stands for, if it is bound and has not expired."""
-        ...
 
     def items(self, first: int, last: int, limit: int) -> Sequence[ItemEntries]:
         """Ascending, at most limit, without unknown numbers."""
-        ...
 
     def unfinished(self, first: int, last: int, limit: int) -> Sequence[Sealed]:
         """ADMITTED entries of items without an outcome, as `items`."""
-        ...
 
     def entries(self, from_index: int, limit: int, *, payloads: bool) -> Sequence[Sealed]:
         """Consecutive entries, at most limit; empty beyond the head."""
-        ...
 
     def notes(self, prefix: str) -> Mapping[str, bytes]:
         """Every note whose name begins with prefix, by name."""
-        ...
 
     def newest_signed(self) -> types_pb2.SignedHead | None:
         """The newest signed head, of any writer; None: no transaction was signed."""
-        ...
 
     def release_reserve(self) -> None:
         """Let outcomes use the room that was held back; admissions are refused until it is restored."""
-        ...
 
     def restore_reserve(self) -> bool:
         """Hold room back again. False: there is not enough yet, or no database."""
-        ...
 
     def idle_seconds(self) -> float | None:
         """When `maintain` has to be called at the latest; None: only after work."""
-        ...
 
     def maintain(self, now_millis: int, *, idle: bool) -> Sequence[Unfinished]:
         """Upkeep; more of it when no work waits. Items of other writers that this one has taken over."""
-        ...
 
     def close(self) -> None: ...

@@ -58,27 +58,21 @@ class Log(Protocol):
 
     def open(self, now_millis: int) -> tuple[Store, Opened]:
         """A new epoch."""
-        ...
 
     def crash(self, backend: Store | None, rng: random.Random, *, power: bool) -> None:
         """The sidecar with this backend died; with the power, the whole machine did."""
-        ...
 
     def power_off(self) -> None:
         """The power fails now: until the crash nothing more reaches the disk."""
-        ...
 
     def entries(self) -> Sequence[Sealed]:
         """What is on the disk now, every entry."""
-        ...
 
     def fail_in(self, operations: int) -> None:
         """The power fails in the middle of a commit that comes soon."""
-        ...
 
     def fill(self, full: bool) -> None:
         """No room from now on; or room again."""
-        ...
 
 
 class SqliteLog:
