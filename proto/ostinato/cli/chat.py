@@ -161,7 +161,10 @@ def chat(
         stack.callback(lambda: runner.run(client.close()))
         conversation = Conversation(client, session.timeout, parameters, arguments)
         if history is not None:
-            conversation.history = stack.enter_context(_locked(history))
+            with usage("--history"):
+                opened = os.open(history, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)  # for this user, if it is new
+                conversation.history = stack.enter_context(os.fdopen(opened, "r+b"))
+            lock(conversation.history, f"--history: {history}: another conversation uses it")
             conversation.turns = _read(conversation.history, history)
         if system is not None:
             if conversation.turns:
@@ -169,14 +172,6 @@ def chat(
             conversation.turns = [Turn({"role": "system", "content": system})]
             conversation.save(0)
         return 0 if _converse(runner, conversation) else FAILED
-
-
-def _locked(path: Path) -> IO[bytes]:
-    """The history's file, which only this user may read if it is new."""
-    with usage("--history"):
-        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+b")
-    lock(file, f"--history: {path}: another conversation uses it")
-    return file
 
 
 def _converse(runner: asyncio.Runner, conversation: Conversation) -> bool:

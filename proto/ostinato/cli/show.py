@@ -235,7 +235,14 @@ def side_by_side(response: sequencer_pb2.ReplayResponse) -> None:
             ("tokens", *(f"{len(output.token_ids)}, {word(output, 'finish_reason')}" for output in outputs)),
         ],
     )
-    card([(name, value) for name, value in _about(found, given, *outputs) if value])
+    shift = _shift(*outputs, at)
+    about = {
+        "margin": f"{found.margin:.6f}, {_meaning(found.margin, given.parameters)}" if found.HasField("margin") else "",
+        "shift": "" if shift is None else f"the same tokens' logprobs there moved by at most {shift:.6f}",
+        "seed": f"{given.seed}{' (derived)' if given.seed_derived else ''}",
+        "parameters": ", ".join(_parameters(given.parameters)),
+    }
+    card((name, value) for name, value in about.items() if value)
 
 
 def _texts(expected: str, actual: str) -> list[str]:
@@ -248,17 +255,6 @@ def _texts(expected: str, actual: str) -> list[str]:
         )
         for text in (expected, actual)
     ]
-
-
-def _about(
-    found: types_pb2.Comparison, given: sequencer_pb2.AdmittedPayload, expected: types_pb2.Output, actual: types_pb2.Output
-) -> Iterator[tuple[str, str]]:
-    if found.HasField("margin"):
-        yield "margin", f"{found.margin:.6f}, {_meaning(found.margin, given.parameters)}"
-    shift = _shift(expected, actual, found.first_difference)
-    yield "shift", "" if shift is None else f"the same tokens' logprobs there moved by at most {shift:.6f}"
-    yield "seed", f"{given.seed}{' (derived)' if given.seed_derived else ''}"
-    yield "parameters", ", ".join(_parameters(given.parameters))
 
 
 def _shift(expected: types_pb2.Output, actual: types_pb2.Output, at: int) -> float | None:
