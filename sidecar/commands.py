@@ -101,7 +101,7 @@ def verify(
 ) -> None:
     """Check every link, every invariant, every payload that is kept, and the tables beside the entries. The first bad entry
     ends it, with exit code 1."""
-    with closing(open_for_maintenance(journal, reading=True)) as store, _progress(store) as came_to:
+    with closing(open_for_maintenance(journal, "read")) as store, _progress(store) as came_to:
         heads = maintenance.verify(store, public_keys(key or ()), came_to)
     verified = "".join(f"; {count} heads verified with key {key_id}" for key_id, count in heads.verified.items())
     unsigned = f"; {heads.index - heads.covered} entries have no signed head" if heads.verified else ""
@@ -112,7 +112,7 @@ def verify(
 def rebuild(journal: Journal = JOURNAL, config: Config = None) -> None:
     """Make the tables of items and keys, and the row of the log, again from the entries, which have to be sound. A copy of the
     file is kept."""
-    with closing(open_for_maintenance(journal, copying=True)) as store:
+    with closing(open_for_maintenance(journal, "copy and change")) as store:
         maintenance.rebuild(store)
     copied = f"; a copy of what was there is {visible(str(store.copy))}" if store.copy is not None else ""
     note(f"the tables are made again{copied}")
@@ -148,7 +148,7 @@ def export(
     file: Annotated[str, typer.Argument(help="A new file; - for the standard output.")], journal: Journal = JOURNAL
 ) -> None:
     """Write the whole journal as lines of JSON, for another backend."""
-    with closing(open_for_maintenance(journal, reading=True)) as store, _progress(store) as came_to, _created(file) as lines:
+    with closing(open_for_maintenance(journal, "read")) as store, _progress(store) as came_to, _created(file) as lines:
         for number, line in enumerate(transfer.export(store)):
             lines.write(line + "\n")
             came_to(number)
@@ -164,7 +164,7 @@ def import_(
     """Fill an empty journal from such lines: all of it, with its chain verified, or nothing."""
     with (
         nullcontext(sys.stdin) if file == "-" else Path(file).open(encoding="utf-8") as lines,
-        closing(open_for_maintenance(journal, create=True)) as store,
+        closing(open_for_maintenance(journal, "make")) as store,
         progress("entries", None) as came_to,
     ):
         log = transfer.take_in(store, lines, "stdin" if file == "-" else file, writer, came_to)
@@ -195,7 +195,7 @@ def accept_loss(
     path = high_water or mark_of(journal)
     file = MarkFile(path) if path is not None else None
     mark = file.read() if file is not None else None
-    with closing(open_for_maintenance(journal, reading=True)) as store:
+    with closing(open_for_maintenance(journal, "read")) as store:
         log = store.log()
     if log is None and mark is None:
         raise JournalUnusable("the journal has no entries: it has lost nothing")

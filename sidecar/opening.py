@@ -17,7 +17,7 @@ from sidecar.config import Settings, is_shared
 from sidecar.journal.ledger import SECRET_BYTES
 from sidecar.journal.mark import MarkFile
 from sidecar.journal.model import JournalUnusable, Mark, Opened
-from sidecar.journal.sql import Opening, SqlStore
+from sidecar.journal.sql import Opening, SqlStore, Use
 from sidecar.journal.sqlite import SqliteStore
 from sidecar.journal.store import Store, StoreSettings
 
@@ -65,9 +65,9 @@ def read_signer(path: Path) -> Signer:
         return signer_of(Source("--signing-key", path, private=True).read())
 
 
-def open_for_maintenance(journal: str, *, create: bool = False, reading: bool = False, copying: bool = False) -> SqlStore:
+def open_for_maintenance(journal: str, use: Use = "change") -> SqlStore:
     """As `SqlStore.open_for_maintenance`."""
-    return _database(journal).open_for_maintenance(journal, create=create, reading=reading, copying=copying)
+    return _database(journal).open_for_maintenance(journal, use)
 
 
 def _database(journal: str) -> type[SqlStore]:

@@ -284,9 +284,11 @@ def prune(store: SqlStore, old: Callable[[types_pb2.EntryHeader], bool], now_mil
     """Drop the payloads of items whose outcome is old. Yields, for each page, its last index and the payloads dropped."""
     for page in pages(store.entries, store.name, payloads=False):
         ended = [entry.header for entry in page if entry.header.kind in OUTCOMES]
-        kept = store.kept([header.sequence for header in ended if old(header)])
+        with store.snapshot() as tables:
+            kept = tables.kept([header.sequence for header in ended if old(header)])
         yield page[-1].header.index, store.drop(kept, "age", now_millis)
-    store.forget(())
+    with store.changing() as tables:
+        tables.forget(())
 
 
 def redact(store: SqlStore, sequences: Iterable[int], now_millis: int) -> int:
@@ -301,7 +303,8 @@ def redact(store: SqlStore, sequences: Iterable[int], now_millis: int) -> int:
             raise JournalUnusable(f"{store.name}: sequence {sequence} has not ended: its payload is needed to finish it")
         if not found[0].admitted.payload and not found[0].outcome.payload:
             gone.add(sequence)
-    store.forget(wanted)
+    with store.changing() as tables:
+        tables.forget(wanted)
     told = _pruned(store, gone) if gone else gone  # of what was deleted beside the programs the entry has yet to say it
     return store.drop([sequence for sequence in wanted if sequence not in told], "request", now_millis)
 

@@ -41,7 +41,7 @@ from sidecar.journal.model import (
     Sealed,
     Unfinished,
 )
-from sidecar.journal.sql import HEADS, KEYED_TWINS, OPENINGS, SCHEMA, Opening, SqlStore, SqlTables, checked_secret
+from sidecar.journal.sql import HEADS, KEYED_TWINS, OPENINGS, SCHEMA, Opening, SqlStore, SqlTables, Use, checked_secret
 from sidecar.journal.store import COLUMNS, Damaged, Name, Row, StoreSettings, check_entries, sealed_of
 
 Connection = psycopg.Connection[tuple[Any, ...]]
@@ -575,13 +575,11 @@ class PostgresStore(SqlStore):
         return store, Opened(store.head, tuple(unfinished))
 
     @classmethod
-    def open_for_maintenance(
-        cls, location: str, *, create: bool = False, reading: bool = False, copying: bool = False
-    ) -> PostgresStore:
+    def open_for_maintenance(cls, location: str, use: Use) -> PostgresStore:
         """As in `SqlStore`. Sidecars may use it, so that an existing one is never migrated."""
         store = cls(Database(location, name="maintenance"), StoreSettings(), maintenance=True)
         with _unusable(), store._database.connected() as db:
-            if create:
+            if use == "make":
                 check(db)
                 migrate(db)
             elif db.execute("SELECT to_regclass('ostinato')").fetchone() == (None,):

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from msgspec.structs import replace
 
@@ -37,6 +37,8 @@ from sidecar.journal.model import (
 from sidecar.journal.store import Damaged, Store, StoreSettings, Tables, check_entries
 
 T = TypeVar("T")
+Use = Literal["read", "change", "copy and change", "make"]
+"""What for a journal is opened by a command. One that is only read is not migrated; a copy is of all that is there before."""
 
 EPOCHS_READ = 16
 """OPENED entries that are read at a time to find that of an entry's epoch: with one writer it is the first."""
@@ -272,11 +274,8 @@ class SqlStore(ABC):
 
     @classmethod
     @abstractmethod
-    def open_for_maintenance(
-        cls, location: str, *, create: bool = False, reading: bool = False, copying: bool = False
-    ) -> SqlStore:
-        """An existing journal, or with `create` maybe an empty one. `reading`: it is only read, and a journal of an older
-        version is not migrated. `copying`: a copy is kept of all that is there. JournalUnusable: the message says why."""
+    def open_for_maintenance(cls, location: str, use: Use) -> SqlStore:
+        """An existing journal, or one that may be made. JournalUnusable: the message says why."""
 
     @abstractmethod
     def _read(self, read: Callable[[SqlTables], T]) -> T: ...
@@ -368,18 +367,10 @@ class SqlStore(ABC):
         """What is wrong with the database itself, apart from what entries say; empty: nothing that can be seen."""
         return ""
 
-    def kept(self, sequences: Sequence[int]) -> list[int]:
-        return self._read(lambda tables: tables.kept(sequences))
-
     @abstractmethod
     def drop(self, sequences: Sequence[int], reason: str, now_millis: int) -> int:
         """The payloads of these items' admissions and outcomes, for good, and a PRUNED entry that says so; how many there were.
         All of the items have ended."""
-
-    def forget(self, sequences: Sequence[int]) -> None:
-        """As `SqlTables.forget`."""
-        with self.changing() as tables:
-            tables.forget(sequences)
 
     @abstractmethod
     def snapshot(self) -> AbstractContextManager[SqlTables]:

@@ -37,7 +37,7 @@ from sidecar.journal.model import (
     Sealed,
     Unfinished,
 )
-from sidecar.journal.sql import HEADS, KEYED_TWINS, NOTES, OPENINGS, SCHEMA, Opening, SqlStore, SqlTables, checked_secret
+from sidecar.journal.sql import HEADS, KEYED_TWINS, NOTES, OPENINGS, SCHEMA, Opening, SqlStore, SqlTables, Use, checked_secret
 from sidecar.journal.store import COLUMNS, Damaged, Name, Row, StoreSettings
 
 T = TypeVar("T")
@@ -415,24 +415,21 @@ class SqliteStore(SqlStore):
             raise
 
     @classmethod
-    def open_for_maintenance(
-        cls, location: str, *, create: bool = False, reading: bool = False, copying: bool = False
-    ) -> SqliteStore:
+    def open_for_maintenance(cls, location: str, use: Use) -> SqliteStore:
         """As in `SqlStore`. `close` removes a file that is made here, if it is still empty."""
-        assert not (create and reading)
         path = placed(Path(location))
-        new = create and not path.exists()
-        db = connect(path, create=create)
+        new = use == "make" and not path.exists()
+        db = connect(path, create=use == "make")
         store = cls(path, db, StoreSettings(), maintenance=True)
         store._remove = new
         try:
-            if copying:
+            if use == "copy and change":
                 store._keep_copy()
-            with store._errors() if reading else store._transaction():
-                if reading:
+            with store._errors() if use == "read" else store._transaction():
+                if use == "read":
                     db.execute("BEGIN IMMEDIATE")  # `close` undoes it
                 migrate(db)
-            if not create and store.log() is None:
+            if use != "make" and store.log() is None:
                 raise JournalUnusable(f"{path} has no entries: name the journal's file")
             with store._errors():
                 db.pragma("secure_delete", True)  # what is dropped is overwritten

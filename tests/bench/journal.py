@@ -359,7 +359,7 @@ def grown(path: Path, *, keyed: bool, settings: StoreSettings) -> float:
 
 def pruned(path: Path) -> float:
     """Bytes an item that are in use after all payloads were dropped; the rest of the file is free to be used again."""
-    store = SqliteStore.open_for_maintenance(str(path))
+    store = SqliteStore.open_for_maintenance(str(path), "change")
     for _ in prune(store, lambda header: header.kind != types_pb2.ENTRY_KIND_UNSPECIFIED, 1):
         pass
     used = store._tables.bytes_used()

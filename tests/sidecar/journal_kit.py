@@ -24,7 +24,7 @@ from sidecar.journal.ledger import twins_of
 from sidecar.journal.maintenance import Checker, Unsound, verify
 from sidecar.journal.model import Admission, Audit, Draft, Key, Mark, Opened, Outcome, Sealed
 from sidecar.journal.postgres import PostgresStore
-from sidecar.journal.sql import Opening, SqlStore
+from sidecar.journal.sql import Opening, SqlStore, Use
 from sidecar.journal.sqlite import SqliteStore
 from sidecar.journal.store import Store, StoreSettings
 from sidecar.opening import open_for_maintenance
@@ -40,7 +40,7 @@ NONCES = (number.to_bytes(16) for number in itertools.count(1))
 def faults(journal: Path | str) -> list[str]:
     """The first that verify finds in a journal, by its path or URL; a file must not be in use. JournalUnusable: it cannot be
     read."""
-    with closing(open_for_maintenance(str(journal), reading=True)) as store:
+    with closing(open_for_maintenance(str(journal), "read")) as store:
         try:
             verify(store, PublicKeys(), lambda index: None)
         except Unsound as error:
@@ -173,9 +173,9 @@ class Kit(ABC):
     def fence(self, journal: Store) -> None:
         """Another process begins an epoch of this writer."""
 
-    def maintained(self, *, create: bool = False) -> AbstractContextManager[SqlStore]:
+    def maintained(self, use: Use = "change") -> AbstractContextManager[SqlStore]:
         """Opened for maintenance."""
-        return closing(open_for_maintenance(self.location, create=create))
+        return closing(open_for_maintenance(self.location, use))
 
     def keys(self) -> list[Key]:
         with self.maintained() as kept, kept.snapshot() as tables:

@@ -349,7 +349,7 @@ def test_accept_loss_behind_a_damaged_entry(store: SqliteKit, run: Said, damage:
 
 def test_accept_loss_of_an_empty_journal(tmp_path: Path, run: Said) -> None:
     """A journal without an entry, and without a mark, is not taken for another log's."""
-    SqliteStore.open_for_maintenance(str(tmp_path / "journal.db"), create=True)._db.close()
+    SqliteStore.open_for_maintenance(str(tmp_path / "journal.db"), "make")._db.close()
 
     assert "has no entries" in run("accept-loss", "--through", "9", code=1)
 

@@ -486,7 +486,7 @@ def test_numbers_that_no_database_holds(tmp_path: Path, sound: Sound, field: str
     first, *rest = sound.lines.splitlines()
     line = json.dumps({**json.loads(first), field: value})
     with (
-        SqliteKit(tmp_path / "journal.db").maintained(create=True) as kept,
+        SqliteKit(tmp_path / "journal.db").maintained("make") as kept,
         pytest.raises(JournalUnusable, match="line 1: "),
     ):
         take_in(kept, [line, *rest], "lines", None, lambda index, of: None)

@@ -281,7 +281,7 @@ def exported(kit: Kit) -> list[str]:
 
 
 def taken_in(kit: Kit, lines: list[str], writer: str | None = None) -> None:
-    with kit.maintained(create=True) as kept:
+    with kit.maintained("make") as kept:
         take_in(kept, lines, "lines", writer, lambda index, total: None)
 
 
@@ -339,7 +339,7 @@ def test_an_import_reads_a_row_a_few_times(postgres: Postgres) -> None:
         journal.append_many([completed(entry) for entry in answer.entries[:200]], kit.clock.millis)
     kit.open()[0].close()
     other = kit.another()
-    with other.maintained(create=True) as kept:
+    with other.maintained("make") as kept:
         take_in(kept, exported(kit), "lines", None, lambda index, total: None)
         assert isinstance(kept, PostgresStore)
         with kept._database.connected() as db:
@@ -361,7 +361,7 @@ def test_only_into_nothing(kit: Kit) -> None:
     with pytest.raises(JournalUnusable, match="not empty"):
         taken_in(kit, lines)
     assert exported(kit) == lines
-    with kit.another().maintained(create=True) as kept, pytest.raises(JournalUnusable, match="has no entries"):
+    with kit.another().maintained("make") as kept, pytest.raises(JournalUnusable, match="has no entries"):
         list(export(kept))
 
 

@@ -439,7 +439,7 @@ def test_tables_that_contradict_the_entries(kit: Kit, statement: str) -> None:
     assert kit.faults()
     with pytest.raises(JournalUnusable, match="python -m sidecar rebuild|has not ended"):
         kit.open()
-    with closing(open_for_maintenance(kit.location, copying=True)) as store:
+    with closing(open_for_maintenance(kit.location, "copy and change")) as store:
         assert (store.copy is None) == shared
         rebuild(store)
     assert kit.faults() == []
