@@ -325,28 +325,6 @@ def test_another_log(behind: SqliteKit, run: Said) -> None:
     assert "another log" in run("accept-loss", "--through", "5", code=1)
 
 
-DAMAGES = {
-    "its hash": "UPDATE entries SET entry_hash = zeroblob(32) WHERE entry_index = 7",
-    "its header": "UPDATE entries SET header = (SELECT header FROM entries WHERE entry_index = 6) WHERE entry_index = 7",
-    "the hash before it": "UPDATE entries SET entry_hash = zeroblob(32) WHERE entry_index = 6",
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_accept_loss_behind_a_damaged_entry(store: SqliteKit, run: Said, damage: str) -> None:
-    """A journal whose newest entry is damaged is refused in one line that says what to do, and nothing is appended."""
-    store.execute(DAMAGES[damage])
-    before = [store.execute(f"SELECT * FROM {table}") for table in ("journal", "entries")]
-
-    said = run("accept-loss", "--through", "9", code=1)
-
-    assert said.startswith("accept-loss: ")
-    assert "is damaged" in said
-    assert "restore a copy that verifies" in said
-    assert said.count("\n") == 1
-    assert [store.execute(f"SELECT * FROM {table}") for table in ("journal", "entries")] == before
-
-
 def test_accept_loss_of_an_empty_journal(tmp_path: Path, run: Said) -> None:
     """A journal without an entry, and without a mark, is not taken for another log's."""
     SqliteStore.open_for_maintenance(str(tmp_path / "journal.db"), "make")._db.close()

@@ -178,19 +178,14 @@ def test_what_is_quoted_is_printable(tried: Tried, sound: Sound) -> None:
 
 
 def test_cut_anywhere(tried: Tried, sound: Sound) -> None:
-    """A file that is cut, between two pages or inside one, is said to be cut, also where only unused bytes are gone."""
+    """A file that is cut, between two pages or inside one, is said to be cut, also where only unused bytes are gone, or where
+    bytes that are no page follow the last one."""
     size = len(sound.content)
     rng = random.Random(3)
     lengths = {1, 9, 15, 16, 99, 100, 101, 511, 512, PAGE_BYTES, size - PAGE_BYTES, size - 1, *rng.sample(range(size), 12)}
-    for length in sorted(lengths):
-        for said in tried.check(sound.content[:length]):
+    for length in sorted(lengths | {size + 1}):
+        for said in tried.check((sound.content + b"x")[:length]):
             assert "is damaged" in said and "it is cut" in said, (length, said)
-
-
-def test_a_file_that_has_grown(tried: Tried, sound: Sound) -> None:
-    """Bytes behind the last page that are no page are not taken for part of a journal."""
-    for said in tried.check(sound.content + b"x"):
-        assert "is damaged: it is cut" in said, said
 
 
 def test_an_empty_file_is_no_journal(tried: Tried) -> None:
@@ -248,17 +243,22 @@ def test_a_row_of_other_types(tried: Tried, sound: Sound) -> None:
 
 
 def test_a_refused_start_adds_nothing(tried: Tried, sound: Sound) -> None:
-    """However often a start is refused, over the newest entries or over an item that it would run again, the journal stays."""
+    """However often a start or an accept-loss is refused, over the newest entries or over an item that would run again, the
+    journal stays."""
     last = max(sound.entries)
+    other = f"(SELECT header FROM entries WHERE entry_index = {last - 1})"
     for statement, why in (
         (f"UPDATE entries SET entry_hash = zeroblob(32) WHERE entry_index = {last}", f"entry {last} is damaged or missing"),
+        (f"UPDATE entries SET entry_hash = zeroblob(32) WHERE entry_index = {last - 1}", f"entry {last - 1} is damaged"),
+        (f"UPDATE entries SET header = {other} WHERE entry_index = {last}", f"entry {last}: its header says {last - 1}"),
         ("UPDATE payloads SET payload = x'00' WHERE entry_index = 10", "entry 10 is damaged, and its item has not ended"),
     ):
         tried.put(sound.content)
         kit = SqliteKit(tried.path)
         kit.execute(statement)
         for _ in range(3):
-            assert why in str(tried.start())
+            for said in (str(tried.start()), tried.command("accept-loss", "--through", "99")[1]):
+                assert why in said and "restore a copy that verifies" in said
         assert kit.execute("SELECT max(entry_index) FROM entries") == [(last,)]
 
 
