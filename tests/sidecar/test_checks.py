@@ -58,8 +58,8 @@ def test_what_ran_alone_waits_for_other_runs(alone: int, now: float, occupancy: 
 
 @given(st.lists(st.booleans(), max_size=20), st.integers(0, 2), st.integers(1, 6), st.floats(0, 2 * PATIENCE))
 def test_nothing_is_lost_or_run_twice(alone: list[bool], occupancy: int, room: int, now: float) -> None:
-    """Each audit is either taken or waits. Those taken are in order, and not more than there is room for. After the longest wait
-    they wait for room only."""
+    """Each audit is either taken or waits. Those taken are in order, and not more than there is room for. After the longest
+    wait they wait for room only."""
     made = backlog(*alone)
     chosen = taken(made, now, occupancy=occupancy, room=room)
 
