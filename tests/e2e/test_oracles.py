@@ -54,11 +54,6 @@ def inputs(given: sequencer_pb2.AdmittedPayload, seeds: Sequence[int]) -> Iterat
             yield guess
 
 
-def public_seed(log_id: str, sequence: int) -> int:
-    """What a derived seed was, for all who knew the log's id."""
-    return digest.sampling_hash("seed", log_id, sequence)
-
-
 async def test_a_receipts_previous_hash_tests_no_guess(tmp_path: Path) -> None:
     """The entry before a tenant's own is another tenant's. Its hash covers digests of the prompt, and shows none of it."""
     async with callers(tmp_path, delay_seconds=0.05) as here:
@@ -80,7 +75,8 @@ async def test_a_receipts_previous_hash_tests_no_guess(tmp_path: Path) -> None:
     assert (admitted.kind, admitted.sequence) == (header.kind, header.sequence), "or the rival guesses at another entry"
     assert own_result.receipt.header.index == header.index + 1
     found = []
-    for guess in inputs(record.input, [public_seed(header.log_id, header.sequence), admitted.seed]):
+    known_to_all = digest.sampling_hash("seed", header.log_id, header.sequence)  # what a derived seed was, in an older form
+    for guess in inputs(record.input, [known_to_all, admitted.seed]):
         header.seed = guess.seed
         header.input_digest = digest.input_digest(guess.token_ids, guess.parameters, guess.seed)
         header.payload_digest = chain.payload_digest(guess.SerializeToString(deterministic=True))

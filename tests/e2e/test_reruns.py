@@ -203,12 +203,11 @@ def why(result: types_pb2.Result) -> str:
 
 async def verifying(door: Door, sequence: int) -> None:
     """Wait until the first run has its outcome and only the second run is left."""
-    await eventually(lambda: _completed(door, sequence), f"sequence {sequence} has completed")
 
+    async def completed() -> bool:
+        return await door.kinds(sequence) == ["COMPLETED"]
 
-async def _completed(door: Door, sequence: int) -> bool:
-    kinds = {types_pb2.ENTRY_KIND_COMPLETED}
-    return any([e.header.sequence == sequence and e.header.kind in kinds async for e in door.client.tail()])
+    await eventually(completed, f"sequence {sequence} has completed")
 
 
 async def test_verdicts_come_with_the_answers() -> None:

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-NEEDED = {"buildah": "buildah", "podman": "podman", "runc": "runc", "catatonit": "catatonit", "mmdebstrap": "mmdebstrap"}
-"""Commands, and the Debian packages that bring them."""
+NEEDED = {"buildah", "podman", "runc", "catatonit", "mmdebstrap"}
+"""Commands, which Debian's packages of these names bring."""
 STAND_IN = "localhost/ostinato-python:3.11"
 """The base image made from Debian's packages, where no registry can be reached."""
 LIKE_THE_OFFICIAL = """
@@ -59,7 +59,8 @@ def have_tools() -> None:
     """Installs what is missing; skips nothing: who asked for images is told why there are none."""
     if os.geteuid():
         pytest.fail("images are built and run as root here: try sudo", pytrace=False)
-    if missing := [package for command, package in NEEDED.items() if not _found(command)]:
+    found = {name for name in NEEDED if shutil.which(name) or Path("/usr/libexec/podman", name).exists()}
+    if missing := sorted(NEEDED - found):
         if shutil.which("apt-get") is None:
             pytest.fail(f"needs {', '.join(missing)}, and there is no apt-get to install them with", pytrace=False)
         run("apt-get", "update", "-qq")
@@ -105,10 +106,6 @@ def download(*locks: str) -> None:
             sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--python-version=3.11",
             "--require-hashes", "--dest", WHEELS, "--requirement", f"requirements/{lock}.txt",
         )  # fmt: skip
-
-
-def _found(command: str) -> bool:
-    return shutil.which(command) is not None or Path("/usr/libexec/podman", command).exists()
 
 
 def _conf() -> Path:

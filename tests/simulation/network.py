@@ -80,10 +80,6 @@ class Network:
                 noticed = KEEPALIVE_SECONDS if silently else self.delay()
                 call.lose(noticed, noticed)
 
-    def open_to_dead(self) -> list[Outgoing]:
-        """Calls whose called process is dead, and whose connection is not broken: the world has forgotten `died`."""
-        return [call for call in self.calls if call.callee is not None and call.callee.dead and not call.lost]
-
     def reset(self, path: str) -> None:
         """Every connection of this path breaks, with what is under way."""
         for call in list(self.calls):

@@ -25,8 +25,12 @@ DATABASE = about("database.")
 PLACES = [("sqlite", point) for point in POINTS if point not in DATABASE] + [("postgres", point) for point in POINTS]
 """The points on every backend that a crash can leave something of."""
 DURABLE = about("backend.open", "backend.append_many", "database.begin", "database.take", "database.commit")
-QUICK = [place for place in PLACES if place[0] == "sqlite" or place[1] in DURABLE]
+QUICK = [("death", *place) for place in PLACES if place[0] == "sqlite" or place[1] in DURABLE]
 """Of PostgreSQL those at which something becomes durable."""
+QUICK += [("cut", "postgres", point) for point in about("database.begin", "database.commit")]
+QUICK += [("crash", "postgres", point) for point in about("database.commit admission", "database.commit outcome")]
+EVERY = [("death", *place) for place in PLACES]
+EVERY += [(kind, "postgres", point) for kind in ("cut", "crash") for point in DATABASE]
 IN_DOUBT = about("database.commit admission", "database.commit outcome", "database.commit audit", "database.commit note")
 
 
@@ -76,27 +80,14 @@ def test_one_life_is_like_another(logs: Logs) -> None:
     assert counts == logs.reached("sqlite")
 
 
-@pytest.mark.parametrize(("backend", "point"), QUICK)
-def test_death_at_a_point(backend: str, point: str, logs: Logs) -> None:
-    """The sidecar dies here, with the power, in the middle of its life; it recovers, and no promise is broken."""
-    failure = Failure(point, logs.middle(backend, point))
+@pytest.mark.parametrize(("kind", "backend", "point"), QUICK)
+def test_a_failure_at_a_point(kind: str, backend: str, point: str, logs: Logs) -> None:
+    """The sidecar dies here, with the power, or the line to PostgreSQL breaks, or its server dies, in the middle of a life: the
+    sidecar recovers, or finds out what is durable, and no promise is broken."""
+    failure = Failure(point, logs.middle(backend, point), kind)
     history, counts = run_with_failures(logs.new(backend), failure)
 
     assert counts[point] >= failure.occurrence
-    assert broken(history) == {}
-
-
-@pytest.mark.parametrize(
-    ("kind", "point"),
-    [
-        *(("cut", point) for point in about("database.begin", "database.commit")),
-        *(("crash", point) for point in about("database.commit admission", "database.commit outcome")),
-    ],
-)
-def test_a_database_lost_at_a_point(kind: str, point: str, logs: Logs) -> None:
-    """The line to PostgreSQL breaks here, or its server dies: the sidecar finds out what is durable, no promise is broken."""
-    history, _ = run_with_failures(logs.new("postgres"), Failure(point, logs.middle("postgres", point), kind))
-
     assert broken(history) == {}
 
 
@@ -114,22 +105,12 @@ def test_death_in_doubt(point: str, moment: str, logs: Logs) -> None:
 
 @pytest.mark.sim
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("backend", "point"), PLACES)
-def test_every_death_at_a_point(backend: str, point: str, logs: Logs) -> None:
-    """And so it is whichever time the sidecar comes by there: the first twelve (PostgreSQL: four), and the last."""
-    for occurrence in logs.some(backend, point, 12 if backend == "sqlite" else 4):
-        history, _ = run_with_failures(logs.new(backend), Failure(point, occurrence))
-        assert broken(history) == {}, f"time {occurrence}"
-
-
-@pytest.mark.sim
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("point", DATABASE)
-@pytest.mark.parametrize("kind", ["cut", "crash"])
-def test_every_database_lost_at_a_point(kind: str, point: str, logs: Logs) -> None:
-    """And so it is at each thing that is asked of the server: the first two times, and the last."""
-    for occurrence in logs.some("postgres", point, 2):
-        history, _ = run_with_failures(logs.new("postgres"), Failure(point, occurrence, kind))
+@pytest.mark.parametrize(("kind", "backend", "point"), EVERY)
+def test_every_failure_at_a_point(kind: str, backend: str, point: str, logs: Logs) -> None:
+    """And so it is whichever time the sidecar comes by there: the first twelve (PostgreSQL: four; two of those at which it is
+    lost), and the last."""
+    for occurrence in logs.some(backend, point, 2 if kind != "death" else 12 if backend == "sqlite" else 4):
+        history, _ = run_with_failures(logs.new(backend), Failure(point, occurrence, kind))
         assert broken(history) == {}, f"time {occurrence}"
 
 

@@ -129,7 +129,8 @@ class World:
         keyed = [job for job in self.plan.jobs if job.key]
         await self._within("the afterwards", asyncio.gather(*map(self.clients.afterwards, keyed)))
         await self._within("the journal", self._settle())
-        assert not self.network.open_to_dead(), "the connections of a dead process are broken"
+        open_to_dead = [call for call in self.network.calls if call.callee is not None and call.callee.dead and not call.lost]
+        assert not open_to_dead, "the connections of a dead process are broken"
 
     async def _within(self, what: str, awaitable: asyncio.Future[Any] | Any) -> None:
         try:
