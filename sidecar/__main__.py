@@ -83,9 +83,9 @@ class Sidecar:
             write_seconds=settings.unread_seconds_max,
             bounds=settings,
         )
-        backend, self.opened = open_journal(settings, wall_millis())
+        self.store = open_journal(settings, wall_millis())
         self.journal = Journal(
-            backend,
+            self.store,
             now_millis=wall_millis,
             on_commit=self.observer.committed,
             on_entries=self.tracker.committed,
@@ -112,16 +112,16 @@ class Sidecar:
 
     async def run(self, stop: asyncio.Event) -> int:
         """Until `stop` is set, or until the process must end and recover. The exit code."""
-        self.observer.opened(self.opened.head)
+        self.observer.opened(self.store.head)
         with reading(self.settings):
             await self.pipeline.fingerprints.load()
             await self.tracker.restore(self.journal)
             await self.pipeline.quota.restore(self.journal)
-            self.pipeline.recover(self.opened.unfinished)
+            self.pipeline.recover(self.store.to_recover)
             await self.auditor.read_back()
         await self.server.start()
         listening = {"addresses": ",".join(self.server.addresses), "health_address": self.server.health_address}
-        log.info("listening", extra={**listening, "epoch": self.opened.head.epoch})
+        log.info("listening", extra={**listening, "epoch": self.store.head.epoch})
         log.info("waiting for the engine", extra={"address": self.settings.engine})
         await self.server.set_health(SEQUENCER, serving=True)
         running = [

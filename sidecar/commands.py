@@ -209,7 +209,7 @@ def accept_loss(
     # A log that sidecars share may be in use: its operator is a writer of its own.
     writer = "operator" if is_shared(journal) else next(iter(log.writers))
     settings = Settings(journal=journal, allow_unverified_database=True, writer=writer)
-    opened, _ = open_journal(settings, now_millis := _now_millis(), checked=False)
+    opened = open_journal(settings, now_millis := _now_millis(), checked=False)
     with closing(opened):
         (appended,) = opened.append_many([Loss(through, mark)], now_millis)
         if file is not None:

@@ -16,13 +16,13 @@ from serving.files import Source
 from sidecar.config import Settings, is_shared
 from sidecar.journal.ledger import SECRET_BYTES
 from sidecar.journal.mark import MarkFile
-from sidecar.journal.model import JournalUnusable, Mark, Opened
+from sidecar.journal.model import JournalUnusable, Mark
 from sidecar.journal.sql import Opening, SqlStore, Use
 from sidecar.journal.sqlite import SqliteStore
 from sidecar.journal.store import Store, StoreSettings
 
 
-def open_journal(settings: Settings, now_millis: int, *, checked: bool = True) -> tuple[Store, Opened]:
+def open_journal(settings: Settings, now_millis: int, *, checked: bool = True) -> Store:
     """Raises StartupError that tells why it cannot be opened. `checked`: against the high-water mark."""
     shared = is_shared(settings.journal)
     try:

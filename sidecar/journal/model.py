@@ -198,20 +198,6 @@ class Unfinished:
     """Of its next submission: higher than any before."""
 
 
-@dataclass(frozen=True, slots=True)
-class Opened:
-    """The result of opening a journal."""
-
-    head: Head
-    """After this epoch's OPENED entry."""
-    unfinished: tuple[Unfinished, ...] = ()
-    """By ascending sequence."""
-
-    def __post_init__(self) -> None:
-        sequences = [each.admitted.header.sequence for each in self.unfinished]
-        assert sequences == sorted(set(sequences))
-
-
 Number = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 """As a database holds it."""
 

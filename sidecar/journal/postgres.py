@@ -37,7 +37,6 @@ from sidecar.journal.model import (
     JournalBroken,
     JournalUnusable,
     Log,
-    Opened,
     Sealed,
     Unfinished,
 )
@@ -554,25 +553,25 @@ class PostgresStore(SqlStore):
     @classmethod
     def open(
         cls, location: str, opening: Opening, settings: StoreSettings, *, seconds: Callable[[], float] = time.monotonic
-    ) -> tuple[PostgresStore, Opened]:
+    ) -> PostgresStore:
         """As in `SqlStore`. `seconds` is a monotonic clock."""
         database = Database(location, name=opening.writer, lease_seconds=settings.lease_seconds, seconds=seconds)
         store = cls(database, settings, version=opening.version, seconds=seconds)
 
-        def begin() -> list[Unfinished]:
+        def begin() -> None:
             with database.connected() as db:
                 check(db)
                 migrate(db)
                 _check_tables(db)
-                return store._begin_epoch(PostgresTables(db), opening)
+                store._begin_epoch(PostgresTables(db), opening)
 
         try:
             with _unusable():
-                unfinished = store._waiting(begin)
+                store._waiting(begin)
         except BaseException:
             database.drop()
             raise
-        return store, Opened(store.head, tuple(unfinished))
+        return store
 
     @classmethod
     def open_for_maintenance(cls, location: str, use: Use) -> PostgresStore:
@@ -649,15 +648,14 @@ class PostgresStore(SqlStore):
         taken, self._taken = self._taken, []
         return taken
 
-    def _begin_epoch(self, tables: PostgresTables, opening: Opening) -> list[Unfinished]:
+    def _begin_epoch(self, tables: PostgresTables, opening: Opening) -> None:
         writer, settings = opening.writer, self._settings
         head, self._secret = tables.begin_epoch(writer, settings.lease_seconds, opening.new_log_id, opening.new_secret)
         ledger = self._first_entries(tables, head, opening)
         unfinished = tables.take(writer, [writer])
         check_unfinished(each.admitted for each in unfinished)
         tables.commit(ledger, settings, opening.now_millis)
-        self.head = ledger.head
-        return unfinished
+        self.head, self.to_recover = ledger.head, unfinished
 
     def _append(self, drafts: Sequence[Draft], now_millis: int) -> list[Appended]:
         session = self._session()

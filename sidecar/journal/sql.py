@@ -29,10 +29,10 @@ from sidecar.journal.model import (
     Key,
     Log,
     Mark,
-    Opened,
     Outcome,
     Sealed,
     Signature,
+    Unfinished,
 )
 from sidecar.journal.store import Damaged, Store, StoreSettings, Tables, check_entries
 
@@ -265,10 +265,12 @@ class SqlStore(ABC):
     _maintenance: bool
     _secret = b""
     """The log's."""
+    to_recover: Sequence[Unfinished] = ()
+    """See `Store`."""
 
     @classmethod
     @abstractmethod
-    def open(cls, location: str, opening: Opening, settings: StoreSettings) -> tuple[Store, Opened]:
+    def open(cls, location: str, opening: Opening, settings: StoreSettings) -> Store:
         """Open or create, and begin the writer's next epoch. `location`: path or URL. JournalUnusable: the message says why;
         the journal stays as it was."""
 

@@ -32,7 +32,6 @@ from sidecar.journal.model import (
     JournalBroken,
     JournalUnusable,
     Log,
-    Opened,
     Outcome,
     Sealed,
     Unfinished,
@@ -383,9 +382,7 @@ class SqliteStore(SqlStore):
         self._wal_pages, self._remove = 0, False
 
     @classmethod
-    def open(
-        cls, location: str, opening: Opening, settings: StoreSettings, *, vfs: str | None = None
-    ) -> tuple[SqliteStore, Opened]:
+    def open(cls, location: str, opening: Opening, settings: StoreSettings, *, vfs: str | None = None) -> SqliteStore:
         """As in `SqlStore`. `vfs` names SQLite's file layer."""
         path = placed(Path(location))
         db = connect(path, vfs)
@@ -395,14 +392,14 @@ class SqliteStore(SqlStore):
             if settings.journal_bytes_max:
                 db.pragma("max_page_count", settings.journal_bytes_max // int(db.pragma("page_size")))
             try:
-                unfinished = store._begin(opening)
+                store._begin(opening)
             except JournalFull:
                 if not store.reserved:
                     raise
                 store.release_reserve()  # it has room for an epoch
-                unfinished = store._begin(opening)
+                store._begin(opening)
             store.restore_reserve()
-            return store, Opened(store.head, unfinished)
+            return store
         except JournalUnusable as error:
             db.close()
             raise JournalUnusable(f"{path}: {error}") from error
@@ -507,8 +504,7 @@ class SqliteStore(SqlStore):
                 self._db.wal_checkpoint()
         return ()
 
-    def _begin(self, opening: Opening) -> tuple[Unfinished, ...]:
-        """What earlier epochs did not finish."""
+    def _begin(self, opening: Opening) -> None:
         tables = self._tables
         with self._transaction():
             migrate(self._db)
@@ -527,7 +523,7 @@ class SqliteStore(SqlStore):
             ledger = self._first_entries(tables, Head(log_id, owner, epoch, *end), opening)
             tables.write(ledger, self._settings, opening.now_millis)
         self.head = ledger.head
-        return tuple(Unfinished(entry, 1 + epoch - entry.header.epoch) for entry in unfinished)
+        self.to_recover = [Unfinished(entry, 1 + epoch - entry.header.epoch) for entry in unfinished]
 
     def _room(self) -> bool:
         """Whether journal_bytes_max leaves the reserve untouched."""

@@ -418,6 +418,9 @@ class Store(Protocol):
     JournalUnavailable (nothing has changed, try later), and `append_many` CommitUnknown.
     """
 
+    to_recover: Sequence[Unfinished]
+    """What this writer has to finish, as it was when the journal was opened. Ascending."""
+
     @property
     def head(self) -> Head:
         """After the newest entry that is known here."""

@@ -18,7 +18,7 @@ from ostinato.chain import NONCE_BYTES
 from ostinato.v1 import sequencer_pb2, types_pb2
 
 from sidecar.journal.maintenance import prune
-from sidecar.journal.model import Admission, Opened, Outcome, Sealed
+from sidecar.journal.model import Admission, Outcome, Sealed
 from sidecar.journal.postgres import Connection, PostgresStore
 from sidecar.journal.postgres import migrate as migrate_postgres
 from sidecar.journal.sql import Opening
@@ -65,11 +65,11 @@ def outcome(admitted: types_pb2.EntryHeader) -> Outcome:
     return Outcome(admitted, types_pb2.ENTRY_KIND_COMPLETED, 1, payload, b"f" * 32, twins)
 
 
-def open_sqlite(path: Path) -> tuple[Store, Opened]:
+def open_sqlite(path: Path) -> Store:
     return SqliteStore.open(str(path), NEW, StoreSettings())
 
 
-def open_postgres(url: str) -> tuple[Store, Opened]:
+def open_postgres(url: str) -> Store:
     return PostgresStore.open(url, NEW, StoreSettings())
 
 
@@ -186,10 +186,10 @@ async def journal(options: Options) -> list[Table]:
                     folder, url = Path(name), server.url(server.schema())
                     saw(
                         "the journal in SQLite",
-                        await _ours(open_sqlite(folder / "ours.sqlite")[0], requesters, options.seconds),
+                        await _ours(open_sqlite(folder / "ours.sqlite"), requesters, options.seconds),
                     )
                     saw("SQLite alone", _bare(folder, requesters, options.seconds))
-                    saw("the journal in PostgreSQL", await _ours(open_postgres(url)[0], requesters, options.seconds))
+                    saw("the journal in PostgreSQL", await _ours(open_postgres(url), requesters, options.seconds))
                     saw("PostgreSQL alone", _bare_postgres(server.url(server.schema()), requesters, options.seconds))
     note = (
         f"An item is an admission with {PROMPT_TOKENS} token ids and, after it, an outcome with {NEW_TOKENS}: two synced "
@@ -314,8 +314,8 @@ def appending(options: Options) -> list[Table]:
             for group in GROUPS:
                 written = list[Sequence[Sealed]]()
                 with tempfile.TemporaryDirectory(prefix="ostinato-") as name:
-                    file, _ = open_sqlite(Path(name) / "ours")
-                    shared, _ = open_postgres(server.url(server.schema()))
+                    file = open_sqlite(Path(name) / "ours")
+                    shared = open_postgres(server.url(server.schema()))
                     times = {
                         "the journal in SQLite": appended(file, group, written.append),
                         "SQLite alone": bare_sqlite(connect(Path(name) / "bare"), list(map(rows_of, written))),
@@ -345,7 +345,7 @@ def _keyed(draft: Admission, number: int) -> Admission:
 
 def grown(path: Path, *, keyed: bool, settings: StoreSettings) -> float:
     """Bytes an item, of the file once it is closed. Every item has ended."""
-    journal, _ = SqliteStore.open(str(path), NEW, settings)
+    journal = SqliteStore.open(str(path), NEW, settings)
     empty = path.stat().st_size
     for first in range(0, GROWN, GROUP):
         drafts = [admission(number) for number in range(first, first + GROUP)]

@@ -22,7 +22,7 @@ from ostinato.v1 import sequencer_pb2, types_pb2
 
 from sidecar.journal.ledger import twins_of
 from sidecar.journal.maintenance import Checker, Unsound, verify
-from sidecar.journal.model import Admission, Audit, Draft, Key, Mark, Opened, Outcome, Sealed
+from sidecar.journal.model import Admission, Audit, Draft, Key, Mark, Outcome, Sealed
 from sidecar.journal.postgres import PostgresStore
 from sidecar.journal.sql import Opening, SqlStore, Use
 from sidecar.journal.sqlite import SqliteStore
@@ -156,7 +156,7 @@ class Kit(ABC):
         """Its path or URL."""
 
     @abstractmethod
-    def open(self, *, writer: str = "writer", log_id: str = LOG_ID, mark: Mark | None = None) -> tuple[Store, Opened]: ...
+    def open(self, *, writer: str = "writer", log_id: str = LOG_ID, mark: Mark | None = None) -> Store: ...
 
     @abstractmethod
     def opened(self) -> AbstractContextManager[Store]: ...
@@ -201,11 +201,11 @@ class SqliteKit(Kit):
     def location(self) -> str:
         return str(self.path)
 
-    def open(self, *, writer: str = "writer", log_id: str = LOG_ID, mark: Mark | None = None) -> tuple[SqliteStore, Opened]:
+    def open(self, *, writer: str = "writer", log_id: str = LOG_ID, mark: Mark | None = None) -> SqliteStore:
         return SqliteStore.open(str(self.path), self.opening(writer, log_id, mark), self.settings, vfs=self.vfs)
 
     def opened(self) -> AbstractContextManager[SqliteStore]:
-        return closing(self.open()[0])
+        return closing(self.open())
 
     def execute(self, statement: str, *parameters: object) -> list[tuple[Any, ...]]:
         with closing(apsw.Connection(str(self.path))) as db:
@@ -243,11 +243,11 @@ class PostgresKit(Kit):
         url: str = "",
         mark: Mark | None = None,
         seconds: Callable[[], float] = time.monotonic,
-    ) -> tuple[PostgresStore, Opened]:
+    ) -> PostgresStore:
         opening = self.opening(writer, log_id, mark)
-        journal, found = PostgresStore.open(url or self.url, opening, self.settings, seconds=seconds)
+        journal = PostgresStore.open(url or self.url, opening, self.settings, seconds=seconds)
         self.journals.append(journal)
-        return journal, found
+        return journal
 
     def kill(self) -> None:
         """Every journal that is open, as their processes' deaths would."""
@@ -255,10 +255,10 @@ class PostgresKit(Kit):
             self.journals.pop()._database.drop()
 
     def opened(self, writer: str = "writer") -> AbstractContextManager[PostgresStore]:
-        return closing(self.open(writer=writer)[0])
+        return closing(self.open(writer=writer))
 
     def fence(self, journal: Store) -> None:
-        self.open(writer=journal.head.writer)[0].close()
+        self.open(writer=journal.head.writer).close()
 
     def another(self) -> PostgresKit:
         return PostgresKit(self.spare, self.clock, self.settings)

@@ -185,7 +185,7 @@ def test_a_log_of_another_key(store: SqliteKit, run: Said, tmp_path: Path) -> No
     that no head covers."""
     old = store.settings.signer
     store.configure(signer=(new := signer_of(new_key())))
-    store.open()[0].close()
+    store.open().close()
     assert old is not None
     files = []
     for signer in (old, new):
@@ -235,7 +235,7 @@ def test_a_log_that_is_not_signed(run: Said, tmp_path: Path) -> None:
     """With --key, verify does not call a log sound of which no head is signed by a key that was given."""
     other = signer_of(new_key())
     (tmp_path / "key").write_text(other.public_pem)
-    SqliteKit(tmp_path / "journal.db").open()[0].close()
+    SqliteKit(tmp_path / "journal.db").open().close()
     assert "1 entries are sound" in run("verify")
     said = run("verify", "--key", tmp_path / "key", code=1)
     assert f"is not the log of key {other.key_id}: no head of it is signed by this key" in said
@@ -307,7 +307,7 @@ def test_accept_loss(behind: SqliteKit, run: Said) -> None:
 
     assert "2 sequences are lost; the next one is 6" in run("accept-loss", "--through", "5")
     assert "sound" in run("verify")
-    journal, _ = behind.open(mark=mark.read())
+    journal = behind.open(mark=mark.read())
     assert sequences(journal.append_many([admission()], 1)[0].entries) == [6]
     journal.close()
     far = 2**36
@@ -321,7 +321,7 @@ def test_another_log(behind: SqliteKit, run: Said) -> None:
     with pytest.raises(JournalUnusable, match="another or new"):
         behind.open(mark=mark, log_id="e" * 32)
     assert "there is no journal in it" in run("accept-loss", "--through", "5", code=1)
-    behind.open(log_id="e" * 32)[0].close()
+    behind.open(log_id="e" * 32).close()
     assert "another log" in run("accept-loss", "--through", "5", code=1)
 
 
@@ -390,8 +390,8 @@ def test_a_shared_journal(postgres: Postgres, run: Said, tmp_path: Path) -> None
     run("import", file, journal=url)
 
     shared = PostgresKit(url)
-    backend, found = shared.open()
-    assert [(each.admitted.header.sequence, each.attempt) for each in found.unfinished] == [(2, 2)]
+    backend = shared.open()
+    assert [(each.admitted.header.sequence, each.attempt) for each in backend.to_recover] == [(2, 2)]
     assert "2 payloads are dropped" in run("redact", "1", journal=url)
     assert sequences(backend.append_many([admission()], 1)[0].entries) == [3]
     backend.close()
@@ -406,7 +406,7 @@ def test_a_shared_journal(postgres: Postgres, run: Said, tmp_path: Path) -> None
     with psycopg.connect(url) as db:
         db.execute("UPDATE log SET head_hash = %b", (backend.head.entry_hash,))
     run("accept-loss", "--through", "7", "--high-water", mark, journal=url)
-    backend, _ = shared.open(mark=MarkFile(mark).read())
+    backend = shared.open(mark=MarkFile(mark).read())
     assert sequences(backend.append_many([admission()], 1)[0].entries) == [8]
     backend.close()
     assert "are sound" in run("verify", journal=url)

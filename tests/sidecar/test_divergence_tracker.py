@@ -44,7 +44,7 @@ class Life:
 
     async def begin(self) -> None:
         self.tracker = DivergenceTracker(WRITER)
-        backend, _ = self.store.open()
+        backend = self.store.open()
         self.journal = Journal(backend, now_millis=self.store.clock.now_millis, on_entries=self.tracker.committed)
         await self.tracker.restore(self.journal)
 
@@ -171,7 +171,7 @@ async def test_what_is_committed_while_it_is_restored(life: Life, monkeypatch: p
     life.store.settings = replace(life.store.settings, digests_only=digests_only)
     life.tracker = DivergenceTracker(WRITER)
     life.journal = Journal(
-        life.store.open()[0], now_millis=life.store.clock.now_millis, on_entries=lambda entries: life.tracker.committed(entries)
+        life.store.open(), now_millis=life.store.clock.now_millis, on_entries=lambda entries: life.tracker.committed(entries)
     )
     entries = Journal.entries
     reads = 0

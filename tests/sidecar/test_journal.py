@@ -16,7 +16,7 @@ from ostinato.signature import PublicKeys, inclusion_fault, new_key, signer_of
 from ostinato.v1 import sequencer_pb2, types_pb2
 
 from sidecar.journal.ledger import keyed
-from sidecar.journal.model import Appended, Audit, ItemEntries, JournalBroken, Note, Opened, Sealed, Unfinished
+from sidecar.journal.model import Appended, Audit, ItemEntries, JournalBroken, Note, Sealed, Unfinished
 from sidecar.journal.writer import Journal
 from tests.sidecar.journal_kit import (
     FINGERPRINT,
@@ -42,7 +42,7 @@ class Open:
     """A journal in use."""
 
     def __init__(self, kit: Kit) -> None:
-        self.backend, self.found = kit.open()
+        self.backend = kit.open()
         self.grouped = Journal(self.backend, now_millis=kit.clock.now_millis)
         self.journal: Journal = self.grouped
 
@@ -286,26 +286,26 @@ async def test_reopen(kit: Kit) -> None:
         first, second, third = await using.admit(item(), item(), item())
         await using.journal.append(completed(second))
         before = await using.journal.head()
-        assert using.found == Opened(using.found.head, ())
+        assert using.backend.to_recover == []
     async with opened(kit) as using:
-        assert using.found.unfinished == (Unfinished(first, 2), Unfinished(third, 2))
-        head = using.found.head
+        assert using.backend.to_recover == [Unfinished(first, 2), Unfinished(third, 2)]
+        head = using.backend.head
         assert (head.log_id, head.epoch, head.index, head.last_sequence) == (LOG_ID, 2, before.index + 1, 3)
         assert sequences(await using.admit(item(), key="k")) == [4]
         await assert_sound(using.journal)
     async with opened(kit) as using:
-        assert [(one.admitted.header.sequence, one.attempt) for one in using.found.unfinished] == [(1, 3), (3, 3), (4, 2)]
+        assert [(one.admitted.header.sequence, one.attempt) for one in using.backend.to_recover] == [(1, 3), (3, 3), (4, 2)]
         assert (await using.journal.binding("", "k")) is not None
-        assert sequencer_pb2.AdmittedPayload.FromString(using.found.unfinished[2].admitted.payload).idempotency_key == "k"
+        assert sequencer_pb2.AdmittedPayload.FromString(using.backend.to_recover[2].admitted.payload).idempotency_key == "k"
 
 
 async def test_log_id_stays(kit: Kit) -> None:
     """The log id that a journal was made with is its name for good."""
-    kit.open()[0].close()
-    journal, found = kit.open(log_id="f" * 32)
+    kit.open().close()
+    journal = kit.open(log_id="f" * 32)
     journal.close()
 
-    assert found.head.log_id == LOG_ID
+    assert journal.head.log_id == LOG_ID
 
 
 async def test_order_of_calls(using: Open) -> None:
@@ -431,7 +431,7 @@ async def test_large_transactions_are_signed_in_parts(kit: Kit) -> None:
     """A head covers a bounded number of entries, so that a receipt is read in a bounded time: the heads of a large transaction
     follow each other to its end, and each receipt has the one that covers it."""
     kit.configure(signer=signer_of(new_key()))
-    journal, _ = kit.open()
+    journal = kit.open()
     batches = [admission(*(item(n) for n in range(600))) for _ in range(3)]
     (first,) = journal.append_many([admission(item())], 1)
     ended_ = journal.append_many([completed(first.entries[0]), *batches, completed(first.entries[0])], 2)[0].entries[0]

@@ -27,7 +27,7 @@ SETTINGS = GroupSettings(full_retry_seconds=0.05, deferred_outcomes_max=8)
 @asynccontextmanager
 async def grouped(store: PostgresKit, line: Proxy | None = None, writer: str = "writer") -> AsyncIterator[Journal]:
     url = store.url if line is None else through(line, store)
-    journal = Journal(store.open(writer=writer, url=url)[0], now_millis=store.clock.now_millis, settings=SETTINGS)
+    journal = Journal(store.open(writer=writer, url=url), now_millis=store.clock.now_millis, settings=SETTINGS)
     yield journal
     await journal.close()
 

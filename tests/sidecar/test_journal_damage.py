@@ -50,7 +50,7 @@ class Sound:
             entries = [entry for answer in answers for entry in answer.entries]
             journal.append_many([completed(entry) for entry in entries[:4]], 2)
             journal.append_many([ended(entries[4]), audit(entries[0]), Note("divergence/writer", b"{}" * 99)], 3)
-        store.open()[0].close()
+        store.open().close()
         self.content = store.path.read_bytes()
         with store.maintained() as kept:
             self.entries = {entry.header.index: entry for entry in kept.entries(1, 1000, payloads=True)}
@@ -99,12 +99,12 @@ class Tried:
         """What is left to do, or why it does not start."""
         settings = Settings(journal=str(self.path), writer="writer", journal_reserve_bytes=0)
         try:
-            backend, opened = open_journal(settings, 4)
+            backend = open_journal(settings, 4)
         except StartupError as error:
             said = str(error)
         else:
             backend.close()
-            return list(opened.unfinished)
+            return list(backend.to_recover)
         assert said.isprintable() and str(self.path) in said, said
         return said
 
@@ -404,7 +404,7 @@ def test_its_own_bound(tmp_path: Path) -> None:
     said = ""
     for _ in range(200):  # each start adds an entry
         try:
-            store.open()[0].close()
+            store.open().close()
         except JournalUnusable as error:
             said = str(error)
             break
@@ -415,7 +415,7 @@ def test_a_disk_that_cannot_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     """An error of the disk is called one, with SQLite's code, and not damage."""
     disk = Disk()
     store = SqliteKit(tmp_path / "journal.db", vfs=disk.name)
-    store.open()[0].close()
+    store.open().close()
 
     def fail(_self: object, _amount: int, _offset: int) -> bytes:
         error = apsw.IOError("disk I/O error")

@@ -90,13 +90,13 @@ class JournalMachine(RuleBasedStateMachine):
         self.open()
 
     def open(self) -> None:
-        self.journal, found = self.store.open()
+        self.journal = self.store.open()
         self.model.epoch += 1
         self.model.entries += 1
-        head = found.head
+        head = self.journal.head
         assert (head.epoch, head.index, head.last_sequence) == (self.model.epoch, self.model.entries, len(self.model.outcomes))
         unfinished = [n for n, outcome in enumerate(self.model.outcomes, start=1) if not outcome and self.owned(n)]
-        assert [one.admitted for one in found.unfinished] == [self.admitted[n - 1] for n in unfinished]
+        assert [one.admitted for one in self.journal.to_recover] == [self.admitted[n - 1] for n in unfinished]
 
     def owned(self, sequence: int) -> bool:
         """Whether it is this writer's to finish."""
@@ -213,7 +213,7 @@ class PostgresMachine(JournalMachine):
         self.store = PostgresKit(self.server.url(self.server.schema()))
         self.remote, self.others, self.seconds = False, set[int](), 0.0
         self.create()
-        self.other, _ = self.store.open(writer="other", seconds=lambda: self.seconds)
+        self.other = self.store.open(writer="other", seconds=lambda: self.seconds)
         self.model.entries += 1
 
     @rule()

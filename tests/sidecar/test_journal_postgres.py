@@ -40,7 +40,7 @@ from tests.sidecar.postgres_proxy import Cut, Proxy
 def test_many_writers_have_one_order(store: PostgresKit) -> None:
     """Writers that append at once take numbers and indexes from one row: no gap, no fork, batches whole."""
     writers = [f"writer-{number}" for number in range(4)]
-    journals = [store.open(writer=writer)[0] for writer in writers]
+    journals = [store.open(writer=writer) for writer in writers]
 
     def work(journal: PostgresStore) -> None:
         for _ in range(10):
@@ -95,8 +95,7 @@ def test_openings_at_once(store: PostgresKit) -> None:
     """Sidecars that find an empty schema at the same moment make one journal of it."""
     opened: list[PostgresStore] = []
     threads = [
-        threading.Thread(target=lambda name=name: opened.append(store.open(writer=name, log_id=name * 32)[0]))
-        for name in "abcd"
+        threading.Thread(target=lambda name=name: opened.append(store.open(writer=name, log_id=name * 32))) for name in "abcd"
     ]
     for thread in threads:
         thread.start()
@@ -114,7 +113,7 @@ def test_openings_at_once(store: PostgresKit) -> None:
 def test_a_newer_epoch_fences(store: PostgresKit) -> None:
     """A writer that was started again elsewhere can neither append nor hold its lease."""
     watch = Watch()
-    old, _ = store.open(seconds=watch)
+    old = store.open(seconds=watch)
     admit(old)
     store.fence(old)
     watch.now += store.settings.lease_seconds
@@ -130,10 +129,10 @@ def test_take_over(store: PostgresKit) -> None:
     """What a writer without a lease has left becomes another's, for the next attempt; the writer is fenced by an epoch that
     the log shows, and its next start finds nothing left."""
     watch = Watch()
-    a, _ = store.open(writer="a")
+    a = store.open(writer="a")
     keyed, unkeyed, done = admit(a, item(1), item(2), key="k") + admit(a, item(3))
     a.append_many([completed(done)], NOW)
-    b, _ = store.open(writer="b", seconds=watch)
+    b = store.open(writer="b", seconds=watch)
     own = admit(b)
     watch.now += 2 * store.settings.lease_seconds
     assert b.maintain(NOW, idle=True) == [], "the lease holds"
@@ -149,10 +148,10 @@ def test_take_over(store: PostgresKit) -> None:
     with pytest.raises(JournalBroken, match="fenced"):
         a.append_many([completed(keyed)], NOW)
     b.append_many([completed(keyed, attempt=2)], NOW)
-    again, found = store.open(writer="a")
-    assert (again.head.epoch, found.unfinished) == (3, ())
-    _, found = store.open(writer="b")
-    assert [(one.admitted.header.sequence, one.attempt) for one in found.unfinished] == [(2, 3), (own[0].header.sequence, 2)]
+    again = store.open(writer="a")
+    assert (again.head.epoch, again.to_recover) == (3, [])
+    found = store.open(writer="b")
+    assert [(one.admitted.header.sequence, one.attempt) for one in found.to_recover] == [(2, 3), (own[0].header.sequence, 2)]
     assert sound(store)
 
 
@@ -160,9 +159,9 @@ def test_a_damaged_item_is_not_taken_over(store: PostgresKit, caplog: pytest.Log
     """An item whose prompt was changed does not run: its writer's items stay where they are, that is logged, and the sidecar
     that found it goes on."""
     watch = Watch()
-    a, _ = store.open(writer="a")
+    a = store.open(writer="a")
     admit(a, item(1), item(2))
-    b, _ = store.open(writer="b", seconds=watch)
+    b = store.open(writer="b", seconds=watch)
     store.execute("UPDATE payloads SET payload = '\\x00'::bytea WHERE entry_index = 3")
     store.execute(EXPIRE, "a")
     watch.now += 2 * store.settings.lease_seconds
@@ -178,9 +177,9 @@ def test_no_takeover_after_an_outage(store: PostgresKit) -> None:
     """A lease that has run out counts only for those who were connected for as long as one lasts: they would have seen it
     renewed."""
     watch = Watch()
-    a, _ = store.open(writer="a")
+    a = store.open(writer="a")
     admit(a)
-    b, _ = store.open(writer="b", seconds=watch)
+    b = store.open(writer="b", seconds=watch)
     store.execute(EXPIRE, "a")
     watch.now += store.settings.lease_seconds / 2
     assert b.maintain(NOW, idle=True) == []
@@ -195,7 +194,7 @@ def test_no_takeover_after_an_outage(store: PostgresKit) -> None:
 def test_a_lease_is_held_by_appends_and_by_time(store: PostgresKit) -> None:
     """Both push its end into the future, by the server's clock; closing ends it."""
     watch = Watch()
-    journal, _ = store.open(writer="a", seconds=watch)
+    journal = store.open(writer="a", seconds=watch)
 
     def left() -> float:
         ((seconds,),) = store.execute("SELECT extract(epoch FROM lease_until - clock_timestamp()) FROM writers")
@@ -214,7 +213,7 @@ def test_a_lease_is_held_by_appends_and_by_time(store: PostgresKit) -> None:
 def test_a_writer_that_stops_within_a_transaction(store: PostgresKit) -> None:
     """The server ends a transaction that is left open, so that its lock does not outlive a lease."""
     store.configure(lease_seconds=1.0)
-    stopped, _ = store.open(writer="a")
+    stopped = store.open(writer="a")
     with store.opened("b") as b:
         with stopped._database.connected() as db:
             db.execute("BEGIN")
@@ -246,7 +245,7 @@ def test_a_lost_commit_is_looked_up(
     store: PostgresKit, line: Proxy, at_commit: Callable[[Callable[[], None]], None], cut: Cut
 ) -> None:
     """Whether the line broke before the server had the commit or after it was done, each draft is there once, and answered."""
-    journal, _ = store.open(url=through(line, store))
+    journal = store.open(url=through(line, store))
     (before,) = admit(journal)
     at_commit(lambda: setattr(line, "cut", cut))
     answers = journal.append_many([admission(item(), item(), key="k"), completed(before)], NOW)
@@ -266,10 +265,10 @@ def test_a_take_over_in_doubt(
 ) -> None:
     """Items are handed over once, whatever became of the line at that moment."""
     watch = Watch()
-    a, _ = store.open(writer="a")
+    a = store.open(writer="a")
     admit(a, item(), item())
     url = through(line, store)
-    b, _ = store.open(writer="b", url=url, seconds=watch)
+    b = store.open(writer="b", url=url, seconds=watch)
     store.execute(EXPIRE, "a")
     at_commit(lambda: setattr(line, "cut", cut))
     taken: list[Unfinished] = []
@@ -390,7 +389,7 @@ def _retry_until_unusable(store: PostgresKit) -> None:
     """A reload takes effect a moment later."""
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
-        store.open()[0].close()
+        store.open().close()
 
 
 @pytest.mark.skipif(not installed(), reason="this machine has no PostgreSQL of its own")
@@ -398,12 +397,12 @@ def test_an_older_server() -> None:
     """The oldest server that is installed here keeps a journal, crashes, and has a writer taken over."""
     with Postgres(installed()[0]) as server:
         store, watch = PostgresKit(server.url()), Watch()
-        a, _ = store.open(writer="a")
+        a = store.open(writer="a")
         entries = admit(a, item(1), item(2), key="k")
         a.append_many([completed(entries[0]), admission(item(1), key="k"), Note("n", b"v")], NOW)
         server.crash()
         server.start()
-        b, _ = store.open(writer="b", seconds=watch)
+        b = store.open(writer="b", seconds=watch)
         store.execute(EXPIRE, "a")
         watch.now += 2 * store.settings.lease_seconds
         taken = b.maintain(NOW, idle=True)

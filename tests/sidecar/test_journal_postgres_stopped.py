@@ -77,8 +77,8 @@ def test_a_writer_that_stands_still_within_a_commit(store: PostgresKit, stop: Ca
     """Others append while it stands still. What it was about to commit is undone: it appends that again behind theirs, or finds
     itself fenced if it was taken over."""
     watch = Watch()
-    a, _ = store.open(writer="a")
-    b, _ = store.open(writer="b", seconds=watch)
+    a = store.open(writer="a")
+    b = store.open(writer="b", seconds=watch)
     (left,) = admit(a, item(1))
     stopped = stop("a")
     with ThreadPoolExecutor(1) as thread:
@@ -145,7 +145,7 @@ def test_a_session_that_has_waited_for_less_than_a_lease(store: PostgresKit) -> 
 def test_a_take_over_that_stands_still(store: PostgresKit) -> None:
     """A writer holds its lease although the session that stands still has locked its row, too."""
     watch = Watch()
-    a, _ = store.open(writer="a", seconds=watch)
+    a = store.open(writer="a", seconds=watch)
     watch.now += LEASE_SECONDS
     with held(store, b"UPDATE writers SET epoch = epoch + 1 WHERE name = 'a'", wait_event="ClientRead"):
         assert a.maintain(NOW, idle=True) == []
@@ -156,9 +156,9 @@ def test_a_take_over_that_stands_still(store: PostgresKit) -> None:
 
 def test_a_start_behind_one_that_stands_still(store: PostgresKit) -> None:
     """A sidecar opens the log although another one stands still with its lock."""
-    store.open(writer="a")[0].close()
+    store.open(writer="a").close()
     with held(store, wait_event="ClientRead"):
-        b, _ = store.open(writer="b")
+        b = store.open(writer="b")
 
     assert sequences(admit(b)) == [1]
 
@@ -166,7 +166,7 @@ def test_a_start_behind_one_that_stands_still(store: PostgresKit) -> None:
 def test_a_transaction_that_is_at_work(store: PostgresKit) -> None:
     """It is not ended, however long it takes: it may be a commit. What waits for it is refused after two leases, changes
     nothing, and goes on with the connection that it has."""
-    b, _ = store.open(writer="b")
+    b = store.open(writer="b")
     with held(store, b"SELECT pg_sleep(100)", wait_event="PgSleep") as db:
         connection = b._database._connection
         with pytest.raises(LogLocked):

@@ -37,8 +37,8 @@ class Run:
         self.disk.dark_after = self.rng.randrange(1, 120)
         journal: SqliteStore | None = None
         try:
-            journal, found = self.store.open()
-            self.unfinished = {one.admitted.header.sequence: one.admitted for one in found.unfinished}
+            journal = self.store.open()
+            self.unfinished = {one.admitted.header.sequence: one.admitted for one in journal.to_recover}
             journal._db.pragma("synchronous", self.synchronous)
             self.acknowledged = journal.entries(1, 10_000, payloads=True)
             for _ in range(40):

@@ -47,13 +47,13 @@ def test_file_is_private(store: SqliteKit) -> None:
 
 def test_one_writer(store: SqliteKit) -> None:
     """A journal of another writer is refused, and stays as it was."""
-    store.open(writer="a")[0].close()
+    store.open(writer="a").close()
     with pytest.raises(JournalUnusable, match="is of sidecar 'a', not 'b'"):
         store.open(writer="b")
 
-    journal, found = store.open(writer="a")
+    journal = store.open(writer="a")
     journal.close()
-    assert (found.head.epoch, found.head.index) == (2, 2)
+    assert (journal.head.epoch, journal.head.index) == (2, 2)
 
 
 def test_foreign_files(store: SqliteKit) -> None:
@@ -71,7 +71,7 @@ def test_foreign_files(store: SqliteKit) -> None:
 def test_interrupted_creation(store: SqliteKit) -> None:
     """A process that died between making the file and its first commit is no obstacle."""
     store.path.touch(mode=0o600)
-    store.open()[0].close()
+    store.open().close()
     other = store.another()
     other.execute("PRAGMA journal_mode = WAL")
     with other.opened() as journal:
@@ -207,7 +207,7 @@ def _written(store: SqliteKit) -> SqliteKit:
     with store.opened() as journal:
         entries = journal.append_many([admission(item(1), item(2), item(3))], 1)[0].entries
         journal.append_many([completed(entries[0]), ended(entries[1])], 1)
-    store.open()[0].close()
+    store.open().close()
     return store
 
 

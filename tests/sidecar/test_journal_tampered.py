@@ -114,13 +114,13 @@ async def test_a_head_that_was_deleted(kit: Kit) -> None:
 
 async def test_a_deleted_head_among_several_writers(store: PostgresKit) -> None:
     """The key of an outcome's epoch is found behind any number of other writers' starts."""
-    a, _ = store.open(writer="a")
+    a = store.open(writer="a")
     store.configure(signer=SIGNER)
-    b, _ = store.open(writer="b")
+    b = store.open(writer="b")
     entries = [journal.append_many([admission(item(1))], 1)[0].entries[0] for journal in (a, b)]
     store.configure(signer=None)
     for _ in range(20):
-        store.open(writer="c")[0].close()
+        store.open(writer="c").close()
     for journal, entry in zip((a, b), entries, strict=True):
         journal.append_many([completed(entry)], 1)
     store.execute("DELETE FROM heads")
@@ -166,7 +166,7 @@ async def test_a_damaged_page(tmp_path: Path) -> None:
         entries = [answer.entries[0] for answer in store.append_many([admission(each) for each in items], 1)]
         store.append_many([completed(entry) for entry in entries if entry.header.sequence != 400], 1)
     DAMAGED.clear()
-    store, _ = kit.open()
+    store = kit.open()
     journal = Journal(store, now_millis=kit.clock.now_millis, on_damaged=DAMAGED.append)
     for table in ("items", "twins"):
         damage_page(store, kit.path, table)
@@ -325,11 +325,11 @@ def fill(kit: Kit) -> None:
         )
         entries = [entry for answer in answers for entry in answer.entries if entry.header.sequence]
         store.append_many([*map(completed, entries[:5]), audit(entries[0], types_pb2.COMPARISON_KIND_VERIFY)], now)
-    kit.open()[0].close()
+    kit.open().close()
 
 
 def seen(kit: Kit) -> Seen:
-    store, opened = kit.open()
+    store = kit.open()
     try:
         times = (kit.clock.millis, kit.clock.millis + TTL_MILLIS - 1)
         keys = {(*key, now): store.binding(*key, now) for key in KEYS for now in times}
@@ -339,8 +339,8 @@ def seen(kit: Kit) -> Seen:
                 items |= {each.admitted.header.sequence: each for each in store.items(sequence, sequence, 1)}
             except RecordDamaged:
                 items[sequence] = None
-        unfinished = [(each.admitted.header.sequence, each.attempt) for each in opened.unfinished]
-        return Seen(keys, items, unfinished, opened.head.epoch, opened.head.last_sequence)
+        unfinished = [(each.admitted.header.sequence, each.attempt) for each in store.to_recover]
+        return Seen(keys, items, unfinished, store.head.epoch, store.head.last_sequence)
     finally:
         store.close()
 
@@ -459,7 +459,7 @@ def test_an_older_version_is_brought_up(kit: Kit) -> None:
         store.append_many([Note("name", b"value"), completed(entry)], 1)
         (found,) = store.items(1, 1, 1)
         assert (store.notes("n"), found.verified, found.unsigned) == ({"name": b"value"}, None, "")
-    kit.open()[0].close()
+    kit.open().close()
     assert kit.faults() == []
 
 
@@ -520,7 +520,7 @@ def test_prunes_are_in_the_chain(kit: Kit) -> None:
             assert redact(store, [3, 4], 9) == 0
         assert len(prunes(kit)) == 3
     assert kit.faults() == []
-    kit.open()[0].close()
+    kit.open().close()
 
 
 def test_a_secret_of_another_length(kit: Kit) -> None:
@@ -577,7 +577,7 @@ def test_what_was_dropped_before_prunes_were_recorded(kit: Kit, monkeypatch: pyt
     assert kit.faults() == []
     monkeypatch.undo()
     for _ in range(2):
-        kit.open()[0].close()
+        kit.open().close()
         assert kit.faults() == []
     assert [(each.reason, [(run.first, run.last) for run in each.ranges]) for each in prunes(kit)] == [("earlier", [(1, 1)])]
     kit.execute("DELETE FROM payloads WHERE entry_index IN (3, 6)")

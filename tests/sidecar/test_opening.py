@@ -30,22 +30,22 @@ from tests.sidecar.postgres_proxy import SOCKET
 
 def test_a_path_is_a_file(tmp_path: Path) -> None:
     """What is not a PostgreSQL URL names a file, in a folder that is created if need be."""
-    backend, opened = open_journal(Settings(journal=str(tmp_path / "new" / "journal.sqlite"), journal_reserve_bytes=0), 0)
+    backend = open_journal(Settings(journal=str(tmp_path / "new" / "journal.sqlite"), journal_reserve_bytes=0), 0)
     backend.close()
 
     assert isinstance(backend, SqliteStore)
-    assert (opened.head.writer, opened.head.epoch) == ("ostinato-0", 1)
+    assert (backend.head.writer, backend.head.epoch) == ("ostinato-0", 1)
 
 
 @pytest.mark.parametrize("scheme", ["postgresql", "postgres"])
 def test_a_url_is_a_database(postgres: Postgres, scheme: str) -> None:
     """A URL of either spelling names a database."""
     url = postgres.url(postgres.schema()).replace("postgresql", scheme, 1)
-    backend, opened = open_journal(Settings(journal=url, writer="w"), 0)
+    backend = open_journal(Settings(journal=url, writer="w"), 0)
     backend.close()
 
     assert isinstance(backend, PostgresStore)
-    assert (opened.head.writer, opened.head.epoch) == ("w", 1)
+    assert (backend.head.writer, backend.head.epoch) == ("w", 1)
 
 
 def test_told_to_stop_while_it_waits() -> None:
@@ -96,7 +96,7 @@ def test_what_another_user_planted_beside_the_journal(tmp_path: Path, ending: st
     """A file or a link of another user in the place of the journal, or of a file beside it, is refused by name or replaced, and
     never written through."""
     settings = Settings(journal=str(tmp_path / "journal.sqlite"), journal_reserve_bytes=4096)
-    opened, _ = open_journal(settings, 1)
+    opened = open_journal(settings, 1)
     opened.close()
     planted, victim = Path(settings.journal + ending), tmp_path / "victim"
     victim.write_bytes(b"precious")
@@ -108,10 +108,10 @@ def test_what_another_user_planted_beside_the_journal(tmp_path: Path, ending: st
     os.lchown(planted, 65_534, 65_534)
 
     def use() -> None:
-        opened, found = open_journal(settings, 2)
+        opened = open_journal(settings, 2)
         opened.close()
         assert settings.mark is not None
-        MarkFile(settings.mark).write(found.head.mark)
+        MarkFile(settings.mark).write(opened.head.mark)
 
     if ending == ".mark.new":
         use()

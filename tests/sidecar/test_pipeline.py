@@ -38,7 +38,7 @@ async def _journal(tmp_path: Path) -> AsyncIterator[Journal]:
     """One that keeps no payload of an unkeyed item that has ended."""
     settings = StoreSettings(digests_only=True)
     store = SqliteKit(tmp_path / "journal.db", settings=settings)
-    journal = Journal(store.open()[0], now_millis=store.clock.now_millis)
+    journal = Journal(store.open(), now_millis=store.clock.now_millis)
     yield journal
     await journal.close()
 

@@ -41,7 +41,7 @@ def log_of(folder: Path, signer: Signer | None = SIGNER, *, log_id: str = "a" * 
     folder.mkdir()
     kit, log = SqliteKit(folder / "journal.db"), Log()
     kit.configure(signer=signer)
-    journal, _ = kit.open(log_id=log_id)
+    journal = kit.open(log_id=log_id)
     for _ in range(2):
         newest = journal.newest_signed()
         log.heads += [newest] if newest is not None else []

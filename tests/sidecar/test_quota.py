@@ -27,7 +27,7 @@ def _kit(request: pytest.FixtureRequest, tmp_path: Path) -> Kit:
 @asynccontextmanager
 async def opened(kit: Kit, writer: str = "writer", most: int = 1 << 30) -> AsyncIterator[tuple[Journal, JournalQuota]]:
     """The journal, and a quota that a start has restored."""
-    store, _ = kit.open(writer=writer)
+    store = kit.open(writer=writer)
     journal, quota = Journal(store, now_millis=kit.clock.now_millis), JournalQuota(most, writer, keeps_payloads=True)
     await quota.restore(journal)
     try:

@@ -47,7 +47,7 @@ async def _two(postgres: Postgres) -> AsyncIterator[Two]:
 
 @asynccontextmanager
 async def opened(store: PostgresKit) -> AsyncIterator[Two]:
-    there, here = (Journal(store.open(writer=name)[0], now_millis=store.clock.now_millis) for name in ("there", "here"))
+    there, here = (Journal(store.open(writer=name), now_millis=store.clock.now_millis) for name in ("there", "here"))
     yield Two(store, there, here)
     await asyncio.gather(there.close(), here.close())
     store.kill()

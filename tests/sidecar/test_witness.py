@@ -64,7 +64,7 @@ class Log:
 async def _log(tmp_path: Path) -> AsyncIterator[Log]:
     kit, registry = SqliteKit(tmp_path / "journal.db"), CollectorRegistry()
     kit.configure(signer=signer_of(new_key()))
-    journal = Journal(kit.open()[0], now_millis=kit.clock.now_millis)
+    journal = Journal(kit.open(), now_millis=kit.clock.now_millis)
     yield Log(tmp_path, journal, registry, Observer(Metrics(registry), lambda kind, reason: None))
     await journal.close()
 

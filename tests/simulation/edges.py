@@ -22,7 +22,6 @@ from ostinato.v1 import generation_pb2
 
 from sidecar.__main__ import Sidecar
 from sidecar.config import Settings
-from sidecar.journal.model import Opened
 from sidecar.journal.store import Store
 from sidecar.journal.writer import Journal
 from sidecar.link import EngineLink
@@ -40,8 +39,8 @@ class Hooks:
 
     def before_open(self) -> None: ...
 
-    def opened(self, backend: Store, opened: Opened) -> tuple[Store, Opened]:
-        return backend, opened
+    def opened(self, backend: Store) -> Store:
+        return backend
 
     def journal(self, journal: Journal) -> Any:
         return journal
@@ -279,7 +278,7 @@ class Process:
         network: Network,
         settings: Settings,
         service: Callable[[], SimulatedServer | None],
-        open_backend: Callable[[], tuple[Store, Opened]],
+        open_backend: Callable[[], Store],
         rng: random.Random,
         commit_seconds: tuple[float, float],
         hooks: Hooks | None = None,
@@ -319,7 +318,7 @@ class Process:
             for name, stand_in in simulated.items():
                 stack.enter_context(mock.patch(name, stand_in))
             self.program = node.context().run(Sidecar, settings, CollectorRegistry())
-        self.epoch = self.program.opened.head.epoch
+        self.epoch = self.program.store.head.epoch
 
     async def run(self) -> int:
         """The exit code."""

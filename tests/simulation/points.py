@@ -22,7 +22,7 @@ from ostinato.chain import OUTCOMES
 from ostinato.v1 import engine_pb2, generation_pb2, types_pb2
 
 from sidecar.journal.ledger import Ledger
-from sidecar.journal.model import Admission, Audit, Draft, Note, Opened, Outcome
+from sidecar.journal.model import Admission, Audit, Draft, Note, Outcome
 from sidecar.journal.postgres import Connection, PostgresTables
 from sidecar.journal.store import Store
 from sidecar.journal.writer import Journal
@@ -199,10 +199,9 @@ class Points(Hooks):
     def before_open(self) -> None:
         self.reach("before", ["backend.open"])
 
-    def opened(self, backend: Store, opened: Opened) -> tuple[Store, Opened]:
+    def opened(self, backend: Store) -> Any:
         self.reach("after", ["backend.open"])
-        pointed: Any = _Pointed(backend, "backend", self)
-        return pointed, opened
+        return _Pointed(backend, "backend", self)
 
     def journal(self, journal: Any) -> Any:
         return _Pointed(journal, "journal", self)

@@ -14,7 +14,7 @@ from typing import Any
 
 import psycopg
 
-from sidecar.journal.model import Opened, Sealed
+from sidecar.journal.model import Sealed
 from sidecar.journal.postgres import PostgresStore, PostgresTables
 from sidecar.journal.store import Store, StoreSettings
 from tests.postgres import Postgres
@@ -38,15 +38,15 @@ class PostgresLog:
         self._opened: list[PostgresStore] = []
         self._full = self._down = False
 
-    def open(self, now_millis: int) -> tuple[Store, Opened]:
-        journal, opened = PostgresStore.open(
+    def open(self, now_millis: int) -> Store:
+        journal = PostgresStore.open(
             self._url,
             opening(now_millis),
             StoreSettings(lease_seconds=LEASE_SECONDS),
             seconds=asyncio.get_running_loop().time,
         )
         self._opened.append(journal)
-        return journal, opened
+        return journal
 
     def crash(self, backend: Store | None, rng: random.Random, *, power: bool) -> None:
         self.power_off()

@@ -32,7 +32,6 @@ from sidecar.journal.model import (
     ItemEntries,
     JournalBroken,
     JournalUnusable,
-    Opened,
     Sealed,
     Twin,
     Unfinished,
@@ -56,7 +55,7 @@ def opening(now_millis: int) -> Opening:
 class Log(Protocol):
     """One log, opened by one sidecar after the other, or by several."""
 
-    def open(self, now_millis: int) -> tuple[Store, Opened]:
+    def open(self, now_millis: int) -> Store:
         """A new epoch."""
 
     def crash(self, backend: Store | None, rng: random.Random, *, power: bool) -> None:
@@ -82,7 +81,7 @@ class SqliteLog:
         self.disk = Disk()
         self._path = folder / "journal.sqlite"
 
-    def open(self, now_millis: int) -> tuple[Store, Opened]:
+    def open(self, now_millis: int) -> Store:
         try:
             return SqliteStore.open(str(self._path), opening(now_millis), StoreSettings(), vfs=self.disk.name)
         except apsw.FullError as error:
@@ -107,7 +106,7 @@ class SqliteLog:
         for name, image in self.disk.files.items():
             copied = type(image)(bytearray(image.data), bytes(image.data))
             copy.disk.files[name] = copied
-        reader, _ = copy.open(0)
+        reader = copy.open(0)
         try:
             return reader.entries(1, ALL, payloads=True)[:-1]  # less the epoch that this very look has opened
         finally:
@@ -139,7 +138,7 @@ class SharedLog:
     full: bool = False
     dark_after: int = -1
 
-    def open(self, now_millis: int) -> tuple[Store, Opened]:
+    def open(self, now_millis: int) -> Store:
         self.operate()
         self.epoch += 1
         ledger = Ledger(self.head(), Known(), now_millis, SECRET)
@@ -148,7 +147,7 @@ class SharedLog:
         left = [entry for sequence, entry in self.admitted.items() if sequence not in self.ended]
         self.left.clear()
         unfinished = tuple(Unfinished(entry, self.attempt(entry)) for entry in left)
-        return _SharedBackend(self, ledger.head), Opened(ledger.head, unfinished)
+        return _SharedBackend(self, ledger.head, unfinished)
 
     def attempt(self, entry: Sealed) -> int:
         """Of its next submission, counted from epochs; that another writer has taken it over counts as one."""
@@ -221,8 +220,8 @@ class _SharedBackend:
     reserved = True
     poll_seconds = None
 
-    def __init__(self, log: SharedLog, head: Head) -> None:
-        self.head = head
+    def __init__(self, log: SharedLog, head: Head, to_recover: Sequence[Unfinished]) -> None:
+        self.head, self.to_recover = head, to_recover
         self._log = log
 
     def newest(self) -> Head:

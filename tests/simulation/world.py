@@ -30,7 +30,7 @@ from service.observe import Metrics
 from service.prepare import Workers
 from service.stream import NAME, EngineServicer
 from sidecar.config import Settings
-from sidecar.journal.model import JournalBroken, JournalUnusable, Opened, Unfinished
+from sidecar.journal.model import JournalBroken, JournalUnusable, Unfinished
 from sidecar.journal.store import Store
 from sidecar.journal.writer import _Poll
 from tests.sidecar.journal_disk import PowerLost
@@ -232,7 +232,7 @@ class World:
                 self.network,
                 settings,
                 lambda: self.service,
-                lambda: hooks.opened(*self._open(node, hooks)),
+                lambda: hooks.opened(self._open(node, hooks)),
                 rng,
                 self.plan.commit_seconds,
                 hooks,
@@ -250,14 +250,14 @@ class World:
             self._watch_takeovers(process)
         self._keep(node.spawn(self._run(process)))
 
-    def _open(self, node: Node, hooks: Hooks) -> tuple[Store, Opened]:
+    def _open(self, node: Node, hooks: Hooks) -> Store:
         hooks.before_open()
-        backend, opened = self.store.open(EPOCH_MILLIS + round(self.loop.time() * 1e3))
+        backend = self.store.open(EPOCH_MILLIS + round(self.loop.time() * 1e3))
         # What a dead sidecar wrote and could not acknowledge counts from now on.
-        self.durable(1, opened.head.index)
+        self.durable(1, backend.head.index)
         self.history.opened += 1
         self._backends[node] = watched = Watched(backend, self.durable, lambda: self._lost_power(node))
-        return watched, opened
+        return watched
 
     def durable(self, first: int, last: int) -> None:
         """These entries are safe now, if not before."""
