@@ -174,12 +174,6 @@ class Streams:
         if self._current is not None:
             self._current.settle()
 
-    def ran(self, log_id: str, sequence: int) -> None:
-        """Records that this sequence was submitted."""
-        self.fence.ran(log_id, sequence)
-        if self.file is not None:
-            self.file.write_soon(self.fence.sequences)
-
     def _leave(self) -> None:
         self._current = None
         self.fence.leave()
@@ -256,11 +250,14 @@ class Stream:
 
     def _submit(self, submit: engine_pb2.Submit) -> None:
         assert not self._stopped, "a stopped stream reaches no engine"
+        streams = self._streams
         self._submissions.add(submit)
         if submit.purpose == engine_pb2.PURPOSE_PRIMARY:
-            self._streams.ran(self.hello.log_id, submit.sequence)
-        error: OstinatoError | None = self._streams.preparer.check_submit(submit)
-        if len(self._runs.active) >= (most := self._streams.settings.runs_max):
+            streams.fence.ran(self.hello.log_id, submit.sequence)
+            if streams.file is not None:
+                streams.file.write_soon(streams.fence.sequences)
+        error: OstinatoError | None = streams.preparer.check_submit(submit)
+        if len(self._runs.active) >= (most := streams.settings.runs_max):
             error = QueueFull(f"more than {most} runs at once")
         if error is None:
             self._runs.submit(submit)

@@ -33,7 +33,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from ostinato import tracing
 from ostinato.errors import Internal, MalformedMessage, OstinatoError, QueueFull, SlowReader, Unauthenticated, to_status
 from serving.auth import CALLER, NONE, Context, Credentials, caller
-from serving.intake import CHARGE, RETRY_SECONDS, Bounds, Intake, shape_of
+from serving.intake import RETRY_SECONDS, Bounds, Intake, shape_of
 
 STATUS_BYTES_MAX, MESSAGE_BYTES_MAX, OTHER_DETAILS_BYTES = 3072, 768, 256
 """Of a google.rpc.Status. It travels in headers, as base64, and its message once more, percent-encoded. A peer must accept
@@ -162,62 +162,57 @@ class _Method:
 
     async def handle(self, request: Any, context: Context) -> bytes | None:
         """The answer of one call, serialised; None if it streams."""
-        try:
-            with _Observation(self, context) if self._observed else contextlib.nullcontext():
-                return await self._handled(request, context)
-        except (asyncio.CancelledError, grpc.aio.BaseError) as error:
-            intake, charge = self._guard.intake, CHARGE.get()
-            read = self.takes_stream or (charge is not None and charge.whole)
-            if intake is not None and not read and not isinstance(error, grpc.aio.AbortError):
-                await intake.reset(caller().tenant)
-            raise
-
-    async def _handled(self, request: Any, context: Context) -> bytes | None:
-        """The same, unobserved."""
         guard, intake, charge = self._guard, self._guard.intake, None
         try:
-            tenant = self._admit(context)
-            if intake is not None:
-                charge = intake.enter(tenant)
-                if intake.shared and (seconds := intake.ahead(tenant)) > 0:
-                    await asyncio.sleep(seconds)
-            if self.takes_stream:
-                given: Any = self._messages(request)
-            else:
-                read = context.read() if charge is None or intake is None else intake.receive(context, charge, self._shape)
-                given = self._parsed(await read)
-            if self.takes_stream or self._gives_stream:
-                context = cast(Context, _CheckedContext(context, self._parsed, self._serialize, guard.unwritten))
-            if self._generates:  # closed when the call ends early: the garbage collector would do that later
-                async with contextlib.aclosing(self._behaviour(given, context)) as answers:
-                    async for answer in answers:
-                        if guard.write_seconds is None:
-                            await context.write(answer)
-                        else:
-                            await self._write(answer, context, guard.write_seconds)
-                return None
-            made = await self._behaviour(given, context)
-            return None if self._gives_stream else self._counted(made, context)
-        except Unauthenticated as error:
-            if intake is not None:
-                await intake.refused()
-            await _abort(context, error)
-        except OstinatoError as error:
-            await _abort(context, error)
-        except asyncio.CancelledError:
-            if refused := guard.credentials.refusal():
-                await _abort(context, refused)
-            if not (self._endless and guard.closed):
-                raise
-            await context.abort(grpc.StatusCode.UNAVAILABLE, "the server is stopping")
-        except grpc.aio.BaseError:  # the handler has aborted, or the caller is gone
+            with _Observation(self, context) if self._observed else contextlib.nullcontext():
+                try:
+                    tenant = self._admit(context)
+                    if intake is not None:
+                        charge = intake.enter(tenant)
+                        if intake.shared and (seconds := intake.ahead(tenant)) > 0:
+                            await asyncio.sleep(seconds)
+                    if self.takes_stream:
+                        given: Any = self._messages(request)
+                    else:
+                        asking = intake.receive(context, charge, self._shape) if charge and intake else context.read()
+                        given = self._parsed(await asking)
+                    if self.takes_stream or self._gives_stream:
+                        context = cast(Context, _CheckedContext(context, self._parsed, self._serialize, guard.unwritten))
+                    if self._generates:  # closed when the call ends early: the garbage collector would do that later
+                        async with contextlib.aclosing(self._behaviour(given, context)) as answers:
+                            async for answer in answers:
+                                if guard.write_seconds is None:
+                                    await context.write(answer)
+                                else:
+                                    await self._write(answer, context, guard.write_seconds)
+                        return None
+                    made = await self._behaviour(given, context)
+                    return None if self._gives_stream else self._counted(made, context)
+                except Unauthenticated as error:
+                    if intake is not None:
+                        await intake.refused()
+                    await _abort(context, error)
+                except OstinatoError as error:
+                    await _abort(context, error)
+                except asyncio.CancelledError:
+                    if refused := guard.credentials.refusal():
+                        await _abort(context, refused)
+                    if not (self._endless and guard.closed):
+                        raise
+                    await context.abort(grpc.StatusCode.UNAVAILABLE, "the server is stopping")
+                except grpc.aio.BaseError:  # the handler has aborted, or the caller is gone
+                    raise
+                except Exception:  # noqa: BLE001  # whatever it is, the caller gets a code and the log gets the rest
+                    _log.exception("handler failed", extra={"method": self._path})
+                    await _abort(context, Internal("internal error"))
+                finally:
+                    if charge is not None and intake is not None:
+                        intake.leave(charge)
+        except (asyncio.CancelledError, grpc.aio.BaseError) as error:
+            whole = self.takes_stream or (charge is not None and charge.whole)
+            if intake is not None and not whole and not isinstance(error, grpc.aio.AbortError):
+                await intake.reset(caller().tenant)
             raise
-        except Exception:  # noqa: BLE001  # whatever it is, the caller gets a code and the log gets the rest
-            _log.exception("handler failed", extra={"method": self._path})
-            await _abort(context, Internal("internal error"))
-        finally:
-            if charge is not None and intake is not None:
-                intake.leave(charge)
 
     def _parsed(self, data: Any) -> Any:
         """Raises MalformedMessage for what is no wire format, or text that is not UTF-8."""
@@ -430,23 +425,21 @@ class Coalescer:
 
     def ready(self, waiting: int) -> asyncio.Future[None]:
         """Done when the sender should send. So much waits already."""
-        self._ready, self._waiting = asyncio.get_running_loop().create_future(), waiting
+        self._ready, self._waiting = asyncio.get_running_loop().create_future(), 0
         if waiting:
-            self._begin(self._ready)
+            self.add(waiting)
         return self._ready
 
-    def add(self) -> None:
-        """One thing more is to be sent."""
-        self._waiting += 1
-        if self._waiting == 1 and self._ready is not None:
-            self._begin(self._ready)
-
-    def _begin(self, ready: asyncio.Future[None]) -> None:
-        self._quiet = self._turns = self._before = 0
-        if not self._alone():
-            ready.get_loop().call_soon(self._turn, ready)
-        elif not ready.done():
-            ready.set_result(None)
+    def add(self, count: int = 1) -> None:
+        """So much more is to be sent."""
+        waited, self._waiting = self._waiting, self._waiting + count
+        if waited or self._ready is None or self._ready.done():
+            return
+        if self._alone():
+            self._ready.set_result(None)
+        else:
+            self._quiet = self._turns = self._before = 0
+            self._ready.get_loop().call_soon(self._turn, self._ready)
 
     def _turn(self, ready: asyncio.Future[None]) -> None:
         self._quiet = self._quiet + 1 if self._waiting == self._before else 0
