@@ -86,7 +86,8 @@ MaxResponseBytes = Annotated[int, typer.Option(min=1, max=2**31 - 1, help="Large
 class GenerateOptions:
     """The options of a run."""
 
-    prompts: Prompts
+    prompts: Callable[[], Iterator[Prompt]]
+    """Reads the file again at each call."""
     common: generation_pb2.GenerateRequest
     """A request without its prompts."""
     batch: int
@@ -149,13 +150,13 @@ def generate(
     arguments = chat_arguments(tools, template_kwargs)
     if arguments and not (chat or file or messages is not None):
         raise wrong(f"{', '.join(map(option, arguments))}: for chats: add --chat, or give --messages or --file")
-    prompts = Prompts(texts or [], messages, file, n, chat, arguments)
+    prompts = partial(_prompts, texts or [], messages, file, n, chat, arguments)
     given = GenerateOptions(prompts, common, batch, concurrency, progress, max_response_bytes)
     if output is not None:
         if file is None or str(file) == STDIN or texts or stream:
             raise typer.BadParameter("--output: takes the prompts of --file, which is read twice, and no others")
         return _bulk(session, given, file, output)
-    listed = list(prompts)
+    listed = list(prompts())
     if not listed:
         raise _no_prompt(file)
     if stream:
@@ -223,47 +224,36 @@ class Prompt:
     """Such as `questions.jsonl:7`, for error messages."""
 
 
-@dataclass(frozen=True, slots=True)
-class Prompts:
-    """The prompts of all sources. Iterating reads the file again."""
-
-    texts: Sequence[str]
-    messages: str | None
-    file: Path | None
-    n: int
-    chat: bool
-    """A text is a chat of one message."""
-    arguments: Mapping[str, str]
-    """Of each chat that has none of its own; as of `chat_arguments`."""
-
-    def __iter__(self) -> Iterator[Prompt]:
-        for prompt in self._given():
-            item = self._chat(prompt.item)
-            yield from repeat(Prompt(item, prompt.place), self.n)
-
-    def _given(self) -> Iterator[Prompt]:
-        """An argument is a prompt; `-` is one per line of stdin, as of the file without blank lines."""
-        for number, argument in enumerate(self.texts, 1):
-            for place, text in _lines(STDIN) if argument == STDIN else [(f"prompt {number}", argument)]:
-                with usage(place):
-                    yield Prompt(requests.item(text, "text"), place)
-        if self.messages is not None:
-            with usage("--messages"):
-                given = documents.loads(_text_or_file("--messages", self.messages))
-                yield Prompt(types_pb2.Item(chat=requests.chat(given)), "--messages")
-        for place, line in _lines(self.file) if self.file is not None else ():
-            with usage(place):
-                yield Prompt(_item(documents.loads(line)), place)
-
-    def _chat(self, item: types_pb2.Item) -> types_pb2.Item:
-        if self.chat and item.HasField("text"):
+def _prompts(
+    texts: Sequence[str], messages: str | None, file: Path | None, n: int, chat: bool, arguments: Mapping[str, str]
+) -> Iterator[Prompt]:
+    """The prompts of all sources, each `n` times. `chat`: a text is a chat of one message. `arguments`: of each chat that has
+    none of its own; as of `chat_arguments`."""
+    for prompt in _given(texts, messages, file):
+        item = prompt.item
+        if chat and item.HasField("text"):
             item.chat.CopyFrom(requests.chat([{"role": "user", "content": item.text}]))
             item.ClearField("text")
         if item.HasField("chat"):
-            for name, value in self.arguments.items():
+            for name, value in arguments.items():
                 if not getattr(item.chat, name):
                     setattr(item.chat, name, value)
-        return item
+        yield from repeat(prompt, n)
+
+
+def _given(texts: Sequence[str], messages: str | None, file: Path | None) -> Iterator[Prompt]:
+    """A text is a prompt; `-` is one per line of stdin, as of the file without blank lines."""
+    for number, argument in enumerate(texts, 1):
+        for place, text in _lines(STDIN) if argument == STDIN else [(f"prompt {number}", argument)]:
+            with usage(place):
+                yield Prompt(requests.item(text, "text"), place)
+    if messages is not None:
+        with usage("--messages"):
+            given = documents.loads(_text_or_file("--messages", messages))
+            yield Prompt(types_pb2.Item(chat=requests.chat(given)), "--messages")
+    for place, line in _lines(file) if file is not None else ():
+        with usage(place):
+            yield Prompt(_item(documents.loads(line)), place)
 
 
 def _lines(path: Path | str) -> Iterator[tuple[str, str]]:
@@ -471,7 +461,7 @@ def _bulk(session: Session, options: GenerateOptions, file: Path, output: Path) 
     """Reads every line first, so that a bad one is reported before anything is sent."""
     if not options.common.idempotency_key:
         options.common.idempotency_key = file.name.encode()[:RUN_NAME_BYTES_MAX].decode(errors="ignore")
-    total = sum(1 for _ in options.prompts)
+    total = sum(1 for _ in options.prompts())
     if not total:
         raise _no_prompt(file)
     return _write_output(session, options, total, output)
@@ -518,7 +508,7 @@ async def _run(
         request_digest = digest.request_digest(request).hex()[:32]
         return f"{options.common.idempotency_key}/{first}-{first + len(request.items) - 1}/{request_digest}"
 
-    source = batches(options.prompts, options.common, size, key)
+    source = batches(options.prompts(), options.common, size, key)
     for first in source:
         if not output.has(first):
             break
@@ -527,7 +517,7 @@ async def _run(
     else:
         output.expect_end()
         return
-    output.kept, written = output.lines, first.number - 1
+    written = first.number - 1
     async with aclosing(answers(client, session.timeout, chain([first], source), options.concurrency)) as answered:
         async for batch, response in answered:
             if batch.number == written + 1:  # otherwise an earlier batch failed; the journal keeps this one
@@ -581,7 +571,7 @@ class OutputFile:
                 key = None
             if key != batch.request.idempotency_key:
                 raise self._mismatch(prompt)
-        self.lines += len(batch.prompts)
+        self.kept = self.lines = self.lines + len(batch.prompts)
         return True
 
     def write(self, batch: Batch, results: Sequence[types_pb2.Result]) -> None:
@@ -596,7 +586,6 @@ class OutputFile:
 
     def expect_end(self) -> None:
         """Raises BadParameter if the file has more lines than there are prompts."""
-        self.kept = self.lines
         if self._file.read(1):
             raise wrong(f"--output: {self._path} has more than the {self.lines} results of these prompts")
 
