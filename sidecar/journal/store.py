@@ -440,23 +440,13 @@ class Store(Protocol):
         """One transaction: all of them in this order, durable on return, or none. JournalFull, and RecordDamaged of what one of
         them needs: nothing has changed. CommitUnknown: append the same drafts again, before any others."""
 
-    def binding(self, tenant: str, key: str, now_millis: int) -> Binding | None:
-        """What a key stands for, if it is bound and has not expired."""
-
-    def items(self, first: int, last: int, limit: int) -> Sequence[ItemEntries]:
-        """Ascending, at most limit, without unknown numbers."""
-
-    def unfinished(self, first: int, last: int, limit: int) -> Sequence[Sealed]:
-        """ADMITTED entries of items without an outcome, as `items`."""
-
-    def entries(self, from_index: int, limit: int, *, payloads: bool) -> Sequence[Sealed]:
-        """Consecutive entries, at most limit; empty beyond the head."""
-
-    def notes(self, prefix: str) -> Mapping[str, bytes]:
-        """Every note whose name begins with prefix, by name."""
-
-    def newest_signed(self) -> types_pb2.SignedHead | None:
-        """The newest signed head, of any writer; None: no transaction was signed."""
+    # As `Journal` has them.
+    def binding(self, tenant: str, key: str, now_millis: int) -> Binding | None: ...
+    def items(self, first: int, last: int, limit: int) -> Sequence[ItemEntries]: ...
+    def unfinished(self, first: int, last: int, limit: int) -> Sequence[Sealed]: ...
+    def entries(self, from_index: int, limit: int, *, payloads: bool) -> Sequence[Sealed]: ...
+    def notes(self, prefix: str) -> Mapping[str, bytes]: ...
+    def newest_signed(self) -> types_pb2.SignedHead | None: ...
 
     def release_reserve(self) -> None:
         """Let outcomes use the room that was held back; admissions are refused until it is restored."""

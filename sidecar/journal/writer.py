@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from enum import Enum, auto
 from functools import partial
 from typing import Any, Generic, TypeVar
 
@@ -230,14 +231,10 @@ class _Read(msgspec.Struct, frozen=True, eq=False):
     answer: Answer
 
 
-@dataclass(frozen=True, slots=True)
-class _Poll:
+class _Signal(Enum):
+    POLL = auto()
     """A caller of `wait` needs to know what other writers append."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Close:
-    pass
+    CLOSE = auto()
 
 
 class Journal:
@@ -277,7 +274,7 @@ class Journal:
         self._store, self._now_millis = store, now_millis
         self._on_commit, self._on_entries, self._on_taken, self._on_damaged = on_commit, on_entries, on_taken, on_damaged
         self._committer = Committer[Answer](store, self._settings, now_millis, time.monotonic)
-        self._jobs: queue.SimpleQueue[Job[Answer] | _Read | _Poll | _Close] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[Job[Answer] | _Read | _Signal] = queue.SimpleQueue()
         self._turns = TurnQueue(READS, READS // 2)
         self._unanswered: dict[Answer, None] = {}
         self._durable_index = self._reported_index = store.head.index
@@ -305,7 +302,7 @@ class Journal:
         self._waiting += 1
         try:
             if self._store.poll_seconds is not None and not self._over:
-                self._jobs.put(_Poll())
+                self._jobs.put(_Signal.POLL)
             while self._durable_index < index:
                 if self._over:
                     raise JournalBroken(self._over)
@@ -317,16 +314,16 @@ class Journal:
         """Append what waits, then close the store. Calls after this one raise JournalBroken."""
         if not self._over:
             self._over = "the journal is closed"
-            self._jobs.put(_Close())
+            self._jobs.put(_Signal.CLOSE)
         await asyncio.shield(self._ended)
         self._thread.join()
 
     async def binding(self, tenant: str, key: str) -> Binding | None:
+        """What a key stands for, if it is bound and has not expired."""
         return await self._read(lambda: self._store.binding(tenant, key, self._now_millis()))
 
     async def items(self, first: int, last: int, limit: int) -> Sequence[ItemEntries]:
         """The items numbered first to last, ascending, at most limit. Unknown numbers are left out. Raises RecordDamaged."""
-
         return await self._read_items(lambda: self._checked_items(first, last, limit))
 
     async def batch(self, tenant: str, key: str, binding: Binding) -> Sequence[ItemEntries]:
@@ -489,9 +486,9 @@ class Journal:
             with suppress(JournalUnavailable):
                 self._call(self._settle, (), (), self._store.newest().index)
 
-    def _take(self) -> tuple[list[Job[Answer] | _Read | _Poll], bool]:
+    def _take(self) -> tuple[list[Job[Answer] | _Read | _Signal], bool]:
         """The jobs that wait, as many as fit into a commit; and whether the journal is closed after them."""
-        jobs: list[Job[Answer] | _Read | _Poll] = []
+        jobs: list[Job[Answer] | _Read | _Signal] = []
         poll_seconds = self._store.poll_seconds if self._waiting else None
         bounds = (self._committer.idle_seconds(), self._store.idle_seconds(), poll_seconds)
         size, timeout = 0, min((bound for bound in bounds if bound is not None), default=None)
@@ -500,7 +497,7 @@ class Journal:
                 job = self._jobs.get_nowait() if jobs else self._jobs.get(timeout=timeout)
             except queue.Empty:
                 break
-            if isinstance(job, _Close):
+            if job is _Signal.CLOSE:
                 return jobs, True
             jobs.append(job)
             size += payload_bytes(job.draft) if isinstance(job, Job) else 0

@@ -32,7 +32,7 @@ from service.stream import NAME, EngineServicer
 from sidecar.config import Settings
 from sidecar.journal.model import JournalBroken, JournalUnusable, Unfinished
 from sidecar.journal.store import Store
-from sidecar.journal.writer import _Poll
+from sidecar.journal.writer import _Signal
 from tests.sidecar.journal_disk import PowerLost
 from tests.simulation.clients import Clients
 from tests.simulation.edges import EPOCH_MILLIS, Hooks, Process
@@ -398,7 +398,7 @@ class World:
     def _look_at_leases(self) -> None:
         """A sidecar looks at them from time to time; this one does it now."""
         if self.sidecar is not None and not self.sidecar.node.dead:
-            self.sidecar.program.journal._jobs.put(_Poll())
+            self.sidecar.program.journal._jobs.put(_Signal.POLL)
 
     def _watch_takeovers(self, process: Process) -> None:
         """Note when it is told that items are its own from now on. Often the engine is lost then, while they wait behind newer
