@@ -6,14 +6,15 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.ostinato.fake import Fake, Terminal, serving_apart
+from tests.ostinato.fake import Fake, Terminal, serving
+from tests.waiting import apart
 
 
 @pytest.fixture(name="ostinato")
 def _ostinato() -> Iterator[Terminal]:
     """The command with a sidecar that has no sequences. A test file may add some to it."""
     fake = Fake()
-    with serving_apart(fake) as target:
+    with apart(serving(fake)) as target:
         yield Terminal(fake, target)
 
 
@@ -21,5 +22,5 @@ def _ostinato() -> Iterator[Terminal]:
 def _elsewhere() -> Iterator[tuple[Fake, str]]:
     """Another sidecar, and its target."""
     fake = Fake()
-    with serving_apart(fake) as target:
+    with apart(serving(fake)) as target:
         yield fake, target

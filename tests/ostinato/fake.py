@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractContextManager, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partialmethod
 from typing import IO, Any
@@ -25,8 +25,6 @@ from ostinato import chain, digest, errors
 from ostinato.cli.app import app
 from ostinato.client import Client
 from ostinato.v1 import generation_pb2, generation_pb2_grpc, sequencer_pb2, sequencer_pb2_grpc, types_pb2
-
-from tests.waiting import apart
 
 LOG_ID = "0123456789abcdef0123456789abcdef"
 
@@ -345,11 +343,6 @@ async def talking(**options: Any) -> AsyncIterator[tuple[Fake, Client]]:
     fake = Fake()
     async with serving(fake) as target, Client(target, **options) as client:
         yield fake, client
-
-
-def serving_apart(fake: Fake) -> AbstractContextManager[str]:
-    """The fake in a thread, for callers that block."""
-    return apart(serving(fake))
 
 
 COMMAND = (sys.executable, "-m", "ostinato.cli")

@@ -19,8 +19,8 @@ import ostinato
 from ostinato import Client, SyncClient, errors
 from ostinato.v1 import types_pb2
 
-from tests.ostinato.fake import Fake, serving_apart
-from tests.waiting import until
+from tests.ostinato.fake import Fake, serving
+from tests.waiting import apart, until
 
 Talk = tuple[Fake, SyncClient]
 
@@ -72,7 +72,7 @@ def test_both_clients_give_the_same_answers() -> None:
         async with Client(one) as client:
             return await _answers(client)
 
-    with serving_apart(Fake()) as one, serving_apart(Fake()) as other, SyncClient(other) as blocking:
+    with apart(serving(Fake())) as one, apart(serving(Fake())) as other, SyncClient(other) as blocking:
         assert asyncio.run(in_a_loop()) == asyncio.run(_answers(blocking))
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-from grpc_status import rpc_status
 from prometheus_client import CollectorRegistry
 
 from ostinato import errors
@@ -137,7 +136,7 @@ class Stream:
         try:
             frame: engine_pb2.ExecuteResponse | Any = await asyncio.wait_for(self.call.read(), 30)
         except grpc.aio.AioRpcError as error:
-            raise error_of(error) from error
+            raise errors.from_rpc_error(error) from error
         if frame is grpc.aio.EOF:
             return None
         self.frames += 1
@@ -181,12 +180,6 @@ class Stream:
 
     def of(self, run_id: int, kind: str) -> list[engine_pb2.RunEvent]:
         return [event for event in self.events if event.run_id == run_id and event.WhichOneof("event") == kind]
-
-
-def error_of(error: grpc.aio.AioRpcError) -> errors.OstinatoError:
-    """What the service raised."""
-    status: Any = rpc_status.from_call(error)  # the sync one decodes both
-    return errors.from_code(error.code(), error.details() or "") if status is None else errors.from_status(status)
 
 
 def hello_of(log: str = LOG, writer: str = "w", epoch: int = 1, last_sequence: int = 2**40) -> engine_pb2.Hello:
@@ -233,7 +226,7 @@ def refused(kind: type[errors.OstinatoError]) -> Iterator[list[errors.OstinatoEr
     try:
         yield found
     except grpc.aio.AioRpcError as error:
-        found.append(error_of(error))
+        found.append(errors.from_rpc_error(error))
         assert type(found[0]) is kind, found[0]
     else:
         raise AssertionError(f"{kind.__name__} was expected")

@@ -13,12 +13,12 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from ostinato.errors import EngineUnavailable
+from ostinato.errors import EngineUnavailable, from_rpc_error
 from ostinato.v1 import engine_pb2
 
 from tests.hop import Engine, proof
 from tests.pair import START_SECONDS, Program, python
-from tests.service.support import error_of, hello_of
+from tests.service.support import hello_of
 
 
 class Running:
@@ -101,7 +101,7 @@ def test_listens_before_it_is_ready(tmp_path: Path) -> None:
 
         assert service.program.stop() == 0
     assert health.status == health_pb2.HealthCheckResponse.NOT_SERVING
-    assert isinstance(error_of(caught.value), EngineUnavailable)  # type: ignore[arg-type]
+    assert isinstance(from_rpc_error(caught.value), EngineUnavailable)  # type: ignore[arg-type]
 
 
 def test_interrupted_load(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The places where a sidecar can die: before and after every step at a interface between its parts, and a run that dies there.
+"""The places where a sidecar can die: before and after every step at an interface between its parts, and a run that dies there.
 
 The hooks are the product's own types, so that a method that is added to one has its points at once: Journal (what becomes
 durable), Store (what reaches the disk), EngineLink and its Listener (what passes to and from the service), and the server. With
@@ -62,7 +62,7 @@ NOT_REACHED = {
 
 
 def methods(interface: type) -> list[str]:
-    """What can be called at a interface."""
+    """What can be called at an interface."""
     return [name for name, _ in inspect.getmembers(interface, inspect.isfunction) if not name.startswith("_")]
 
 
@@ -131,7 +131,7 @@ class _Pointed:
     """A part of a sidecar, with a point before and after each of these methods."""
 
     def __init__(self, part: object, interface: str, points: Points) -> None:
-        self._part, self._seam, self._points = part, interface, points
+        self._part, self._interface, self._points = part, interface, points
         self._methods = frozenset(methods(INTERFACES[interface]))
 
     def __getattr__(self, name: str) -> Any:
@@ -139,7 +139,7 @@ class _Pointed:
         if name not in self._methods:
             return member
         around = self._points.awaited if inspect.iscoroutinefunction(member) else self._points.called
-        return partial(around, f"{self._seam}.{name}", member)
+        return partial(around, f"{self._interface}.{name}", member)
 
 
 class Points(Hooks):
