@@ -57,7 +57,7 @@ def export(store: SqlStore) -> Iterator[str]:
         for entries in pages(tables.entries, store.name):
             for sealed in entries:
                 entry = sequencer_pb2.Entry(header=sealed.header, entry_hash=sealed.entry_hash, payload=sealed.payload)
-                yield _line("entry", json_format.MessageToDict(entry, preserving_proto_field_name=True))
+                yield json.dumps({"entry": json_format.MessageToDict(entry, preserving_proto_field_name=True)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +118,11 @@ class _Lines:
 
     def end(self) -> None:
         """Raises JournalUnusable if there is another."""
-        if next(self._lines, None) is not None:
+        try:
+            more = next(self._lines, None) is not None
+        except UnicodeDecodeError:
+            more = True
+        if more:
             raise JournalUnusable(f"{self._name} goes on after line {self._number}, where its entries end")
 
 

@@ -262,7 +262,7 @@ def test_a_signing_key(run: Said, tmp_path: Path) -> None:
 
 
 def test_half_a_file(store: SqliteKit, run: Said, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file that ends early, or is not an export, leaves no journal behind, and the line is named."""
+    """A file that ends early, is not an export, or not text, leaves no journal behind; the file and the line are named."""
     run("export", "-")
     lines, other = run.out.splitlines(keepends=True), tmp_path / "other.db"
     for text, why in (
@@ -277,6 +277,10 @@ def test_half_a_file(store: SqliteKit, run: Said, tmp_path: Path, monkeypatch: p
     ):
         monkeypatch.setattr("sys.stdin", io.StringIO(text))
         assert why in run("import", "-", journal=other, code=1)
+        assert not other.exists()
+    for content in (b"\xff", *("".join(part).encode() + b"\xff" for part in (lines[:2], lines))):
+        (tmp_path / "lines").write_bytes(content)
+        assert run("import", tmp_path / "lines", journal=other, code=1).startswith(f"import: {tmp_path}/lines ")
         assert not other.exists()
 
 
