@@ -162,7 +162,7 @@ class _Method:
 
     async def handle(self, request: Any, context: Context) -> bytes | None:
         """The answer of one call, serialised; None if it streams."""
-        guard, intake, charge = self._guard, self._guard.intake, None
+        guard, intake, charge, given = self._guard, self._guard.intake, None, None
         try:
             with _Observation(self, context) if self._observed else contextlib.nullcontext():
                 try:
@@ -172,7 +172,7 @@ class _Method:
                         if intake.shared and (seconds := intake.ahead(tenant)) > 0:
                             await asyncio.sleep(seconds)
                     if self.takes_stream:
-                        given: Any = self._messages(request)
+                        given = self._messages(request)
                     else:
                         asking = intake.receive(context, charge, self._shape) if charge and intake else context.read()
                         given = self._parsed(await asking)
@@ -209,6 +209,7 @@ class _Method:
                     if charge is not None and intake is not None:
                         intake.leave(charge)
         except (asyncio.CancelledError, grpc.aio.BaseError) as error:
+            given = None  # gRPC keeps the frames of an aborted call until the garbage collector comes
             whole = self.takes_stream or (charge is not None and charge.whole)
             if intake is not None and not whole and not isinstance(error, grpc.aio.AbortError):
                 await intake.reset(caller().tenant)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
+import sys
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, Never, cast
@@ -29,7 +31,7 @@ from serving.handlers import (
     ran_out,
 )
 
-from tests.serving.echo import METHODS, NAME, Context, Echo, call, raw, serving, text
+from tests.serving.echo import METHODS, NAME, Context, Echo, Message, call, raw, serving, text
 from tests.waiting import eventually
 
 NOT_WIRE_FORMAT = b"\xff\xff\xff"
@@ -57,6 +59,24 @@ def ours(error: Any) -> errors.OstinatoError:
     status = rpc_status.from_call(error)
     assert status is not None, f"no details: {error}"
     return errors.from_status(status)
+
+
+async def test_a_refused_call_lets_go_of_its_request() -> None:
+    """Before the garbage collector comes, nothing refers to a request that was refused: gRPC keeps the call's frames."""
+    kept = list[Message]()
+
+    class Refusing(Echo):
+        async def UnaryUnary(self, request: Message, context: Context) -> Message:
+            kept.append(request)
+            raise errors.QueueFull("no room")
+
+    gc.disable()
+    try:
+        async with serving(Refusing()) as channel:
+            await failure(channel, "UnaryUnary", text("x"))
+            await eventually(lambda: sys.getrefcount(kept[0]) == 2, "only the list refers to it")
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("method", METHODS)
