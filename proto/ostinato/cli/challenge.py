@@ -92,7 +92,7 @@ class Records:
         """By log and sequence."""
         self.without_input = self.without_output = 0
         self._admitted: dict[tuple[str, int], sequencer_pb2.ItemRecord] = {}
-        self._previous: sequencer_pb2.Entry | None = None
+        self._previous_hash = b""
 
     @property
     def passed_over(self) -> str:
@@ -141,26 +141,20 @@ class Records:
                 raise ValueError("is no record")
 
     def _entry(self, entry: sequencer_pb2.Entry) -> Iterator[sequencer_pb2.ItemRecord]:
-        """The record of an item that ends with this entry, if the entries before were here too."""
-        previous, self._previous = self._previous, entry
+        """The record of an item that ends with this entry, with its input if its admission was here too."""
+        previous_hash, self._previous_hash = self._previous_hash, entry.entry_hash
         header, name = entry.header, (entry.header.log_id, entry.header.sequence)
         if header.kind == types_pb2.ENTRY_KIND_ADMITTED and entry.payload:
             given = sequencer_pb2.AdmittedPayload.FromString(entry.payload)
             self._admitted[name] = sequencer_pb2.ItemRecord(admitted=header, input=given)
         elif header.kind in chain.OUTCOMES:
-            record = self._admitted.pop(name, None)
-            if header.kind != types_pb2.ENTRY_KIND_COMPLETED or not entry.payload:
-                self.without_output += 1
-            elif record is None or previous is None:
-                self.without_input += 1
-            else:
+            record = self._admitted.pop(name, sequencer_pb2.ItemRecord())
+            if header.kind == types_pb2.ENTRY_KIND_COMPLETED and entry.payload:
                 completed = sequencer_pb2.CompletedPayload.FromString(entry.payload)
-                receipt = chain.receipt(header, previous.entry_hash, entry.entry_hash, completed.nonce)
-                result = types_pb2.Result(
-                    sequence=header.sequence, attempt=header.attempt, output=completed.output, receipt=receipt
-                )
-                record.result.CopyFrom(result)
-                yield record
+                record.result.output.CopyFrom(completed.output)
+                record.result.receipt.CopyFrom(chain.receipt(header, previous_hash, entry.entry_hash, completed.nonce))
+                record.result.sequence, record.result.attempt = header.sequence, header.attempt
+            yield record
 
 
 class Run(NamedTuple):
