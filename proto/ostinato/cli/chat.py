@@ -9,7 +9,7 @@ import asyncio
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, aclosing, closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,11 +76,10 @@ class Conversation:
         result = await self._answered(turns, self.parameters, self.options)
         if not result.HasField("output"):
             return False
-        parameters = types_pb2.Parameters()
-        parameters.CopyFrom(self.parameters)
-        parameters.seed = result.output.seed
-        kept, self.turns = len(self.turns), [*turns, Turn(_message(result.output), _answer(result, parameters, self.options))]
-        self.save(kept)
+        parameters = show.as_dict(self.parameters) | {"seed": str(result.output.seed)}
+        new = [turns[-1], Turn(_message(result.output), _answer(result, parameters, self.options))]
+        self.turns += new
+        self.save(new, os.SEEK_END)
         return True
 
     async def again(self) -> bool:
@@ -92,7 +91,7 @@ class Conversation:
         result = await self._answered(self.turns[:-1], parameters, recorded.options)
         if not result.HasField("output"):
             return False
-        again = _answer(result, parameters, recorded.options)
+        again = _answer(result, recorded.parameters, recorded.options)
         difference = first_difference(recorded.token_ids, again.token_ids)
         if difference is None and again.finish_reason == recorded.finish_reason:
             show.line(f"MATCH: sequence {again.sequence} has the {len(again.token_ids)} tokens of sequence {recorded.sequence}")
@@ -109,20 +108,15 @@ class Conversation:
             show.note("error: there is no question yet")
             return
         del self.turns[asked[-1] :]
-        self.save(len(self.turns))
+        self.save(self.turns, os.SEEK_SET)
 
-    def save(self, kept: int) -> None:
-        """Write the turns after the first `kept` ones, which the file has already."""
-        if self.history is None:
-            return
-        if kept < len(self.turns):
-            self.history.seek(0, os.SEEK_END)
-            self.history.write(b"".join(turn.line() for turn in self.turns[kept:]))
-        else:
-            self.history.seek(0)
+    def save(self, turns: Iterable[Turn], whence: int) -> None:
+        """Writes these turns at the file's end, or in place of all."""
+        if self.history is not None:
+            self.history.seek(0, whence)
             self.history.truncate()
-            self.history.write(b"".join(turn.line() for turn in self.turns))
-        self.history.flush()
+            self.history.write(b"".join(turn.line() for turn in turns))
+            self.history.flush()
 
     async def _answered(
         self, turns: list[Turn], parameters: types_pb2.Parameters, options: Mapping[str, Any]
@@ -170,7 +164,7 @@ def chat(
             if conversation.turns:
                 raise wrong(f"--system: {history} has a conversation already")
             conversation.turns = [Turn({"role": "system", "content": system})]
-            conversation.save(0)
+            conversation.save(conversation.turns, os.SEEK_END)
         return 0 if _converse(runner, conversation) else FAILED
 
 
@@ -234,11 +228,11 @@ def _message(output: types_pb2.Output) -> dict[str, Any]:
     return message
 
 
-def _answer(result: types_pb2.Result, parameters: types_pb2.Parameters, options: dict[str, str]) -> Answer:
+def _answer(result: types_pb2.Result, parameters: dict[str, Any], options: dict[str, str]) -> Answer:
     output = result.output
     reason = types_pb2.FinishReason.Name(output.finish_reason)
     fingerprint = result.receipt.header.fingerprint_digest.hex()
-    return Answer(result.sequence, show.as_dict(parameters), options, list(output.token_ids), reason, fingerprint)
+    return Answer(result.sequence, parameters, options, list(output.token_ids), reason, fingerprint)
 
 
 def _read(file: IO[bytes], path: Path) -> list[Turn]:
