@@ -7,7 +7,7 @@ idempotency key. After a loss the same request joins its batch, and the sidecar 
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
@@ -15,8 +15,6 @@ from ostinato import errors
 from ostinato.retry import KEYED_SECONDS, RetryPolicy
 from ostinato.v1 import engine_pb2, generation_pb2, types_pb2
 from ostinato.v1.generation_pb2 import GenerateEvent, Restarted, TokenRun
-
-_NO_TOKENS = engine_pb2.RunTokens()
 
 
 async def resumed(
@@ -145,7 +143,7 @@ class Progress:
     def restart(self, attempt: int) -> None:
         """A new attempt begins at token 0."""
         self.lost, self.attempt, self._seen = list(self.sent), attempt, 0
-        self._repeat, self._repeat_texts = self._run(0, _NO_TOKENS), []
+        self._repeat, self._repeat_texts = self._run(0), []
 
     def accept(self, tokens: engine_pb2.RunTokens | TokenRun) -> tuple[Restarted | None, TokenRun | None]:
         """What to send for these tokens. Raises ValueError if they do not follow those before."""
@@ -153,7 +151,7 @@ class Progress:
             raise ValueError(f"tokens from {tokens.first_token} after {self._seen}")
         start, self._seen = self._seen, self._seen + len(tokens.token_ids)
         if self._repeat is None:
-            return None, self._send(self._run(start, tokens))
+            return None, self._send(self._run(start, tokens.token_ids, tokens.text, tokens.logprobs))
         repeat = self._repeat
         repeat.token_ids.extend(tokens.token_ids)
         repeat.logprobs.extend(tokens.logprobs)
@@ -173,22 +171,16 @@ class Progress:
             raise ValueError("an output that is not what was streamed")
         if self.sent == output.token_ids[: len(self.sent)]:
             return None, None
-        return self._replace(self._run(0, output))
+        return self._replace(self._run(0, output.token_ids, output.text, output.logprobs))
 
     def so_far(self) -> TokenRun | None:
         """All sent tokens, for a caller that joins; None: there are none."""
-        if not self.sent:
-            return None
-        so_far = engine_pb2.RunTokens(token_ids=self.sent, text="".join(self.texts), logprobs=self.logprobs)
-        return self._run(0, so_far)
+        return self._run(0, self.sent, "".join(self.texts), self.logprobs) if self.sent else None
 
     def rest(self, output: types_pb2.Output | TokenRun) -> TokenRun | None:
         """The part of an output after the sent tokens, with which it begins; None: there is none."""
-        start = len(self.sent)
-        beyond = types_pb2.Output(
-            token_ids=output.token_ids[start:], text=output.text[sum(map(len, self.texts)) :], logprobs=output.logprobs[start:]
-        )
-        run = self._run(start, beyond)
+        start, text = len(self.sent), output.text[sum(map(len, self.texts)) :]
+        run = self._run(start, output.token_ids[start:], text, output.logprobs[start:])
         return self._send(run) if run.token_ids or run.text else None
 
     def _replace(self, run: TokenRun) -> tuple[Restarted, TokenRun | None]:
@@ -197,14 +189,16 @@ class Progress:
         restarted = Restarted(sequence=self.sequence, attempt=self.attempt)
         return restarted, self._send(run) if run.token_ids or run.text else None
 
-    def _run(self, first_token: int, tokens: engine_pb2.RunTokens | TokenRun | types_pb2.Output) -> TokenRun:
+    def _run(
+        self, first: int, token_ids: Iterable[int] = (), text: str = "", logprobs: Iterable[types_pb2.TokenLogprobs] = ()
+    ) -> TokenRun:
         return TokenRun(
             sequence=self.sequence,
             attempt=self.attempt,
-            first_token=first_token,
-            token_ids=tokens.token_ids,
-            text=tokens.text,
-            logprobs=tokens.logprobs,
+            first_token=first,
+            token_ids=token_ids,
+            text=text,
+            logprobs=logprobs,
         )
 
     def _send(self, run: TokenRun) -> TokenRun:
