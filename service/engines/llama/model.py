@@ -184,8 +184,7 @@ class LlamaVocabulary:
         return ids if ids[:1] == self._begin_ids else self._begin_ids + ids
 
     def render(self, given: Conversation, bounds: RenderBounds) -> str:
-        if self._chat is None:
-            raise ValueError("the model has no chat template")
+        assert self._chat is not None, "Prepare refuses a chat where there is no template"
         return self._chat.render(given, bounds)
 
     def files(self) -> Mapping[str, bytes]:

@@ -251,8 +251,7 @@ class HuggingFaceVocabulary:
 
     def render(self, given: Conversation, bounds: RenderBounds) -> str:
         template = self._templates.get("tool_use" if given.tools and "tool_use" in self._templates else "default")
-        if template is None:
-            raise ValueError("the model has no chat template")
+        assert template is not None, "Prepare refuses a chat where there is no template"
         return template.render(given, bounds)
 
     def files(self) -> Mapping[str, bytes]:
