@@ -91,8 +91,8 @@ class Stepping(FakeNative):
             asyncio.get_running_loop().call_soon(self.step)
         return handle
 
-    def resume(self, ids: tuple[int, ...]) -> int:
-        found = super().resume(ids)
+    def cached_of(self, ids: tuple[int, ...]) -> int:
+        found = super().cached_of(ids)
         return found - (self.corrects and found > 1 and found == len(ids) - 1)
 
     def step(self) -> None:

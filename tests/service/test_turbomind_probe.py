@@ -59,13 +59,9 @@ class FakeTurboMind(FakeNative):
     def kernels(self, served: dict[tuple[int, ...], list[int]]) -> None:
         self.served = served
 
-    def resume(self, what: Any) -> Any:
-        """As TurboMind with a prompt; as the overrides with a mode."""
-        if isinstance(what, tuple):
-            return super().resume(what)
-        self.mode = what
-        self.modes.append(what)
-        return None
+    def resume(self, mode: Resume) -> None:
+        self.mode = mode
+        self.modes.append(mode)
 
     def start(
         self, run_id: int, ids: Sequence[int], request: Request, grammar: object, change: Callable[[], None]

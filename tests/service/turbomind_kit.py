@@ -106,11 +106,11 @@ class FakeNative:
     def start(
         self, run_id: int, ids: Sequence[int], request: Request, grammar: object, change: Callable[[], None]
     ) -> FakeHandle:
-        account = Account(queued=100.0, scheduled=101.0, cached=self.resume(tuple(ids)))
+        account = Account(queued=100.0, scheduled=101.0, cached=self.cached_of(tuple(ids)))
         self.handles[run_id] = FakeHandle(run_id, tuple(ids), request, grammar, change, account, self.scheduled)
         return self.handles[run_id]
 
-    def resume(self, ids: tuple[int, ...]) -> int:
+    def cached_of(self, ids: tuple[int, ...]) -> int:
         """Tokens that come from the cache. The prompt's blocks are cached from now on."""
         whole = [ids[:end] for end in range(BLOCK, len(ids) + 1, BLOCK)]
         found = min(BLOCK * sum(block in self.blocks for block in whole), len(ids) - 1) if self.caches else 0
