@@ -18,20 +18,13 @@ _BY_TOKEN = (types_pb2.FINISH_REASON_END_OF_SEQUENCE, types_pb2.FINISH_REASON_ST
 class TokenTable(Protocol):
     """The tokens of a model and their bytes. Pure; may be called from any thread."""
 
-    @property
-    def size(self) -> int: ...
-
-    @property
-    def end_ids(self) -> frozenset[int]:
-        """Tokens with which the model itself ends an answer."""
-
-    @property
-    def pieces(self) -> Sequence[bytes]:
-        """By token id, the bytes that it adds to the text; empty for control tokens."""
-
-    @property
-    def written(self) -> Sequence[bytes]:
-        """As `pieces`, but a control token has the text that names it."""
+    size: int
+    end_ids: frozenset[int]
+    """Tokens with which the model itself ends an answer."""
+    pieces: Sequence[bytes]
+    """By token id, the bytes that it adds to the text; empty for control tokens."""
+    written: Sequence[bytes]
+    """As `pieces`, but a control token has the text that names it."""
 
 
 class Answer:

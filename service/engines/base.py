@@ -38,9 +38,14 @@ class TooManyTokens(Exception):
 class Vocabulary(TokenTable, Protocol):
     """A model's tokenizer. Every method is pure and thread-safe."""
 
+    controls: Mapping[str, int]
+    """The ids of control tokens, by their text."""
+    template: str | None
+    """The chat template, if the model has one."""
+
     @property
-    def controls(self) -> Mapping[str, int]:
-        """The ids of control tokens, by their text."""
+    def source_bytes_max(self) -> int | None:
+        """The most bytes of a prompt's text that become one token, control tokens included. None: any number of them may."""
 
     def render(self, given: Conversation, bounds: RenderBounds) -> str:
         """The chat as text. Raises ValueError with the template's message, and OutOfBounds."""
@@ -56,14 +61,6 @@ class Vocabulary(TokenTable, Protocol):
     def encode_at(self, text: str, places: Sequence[Span], *, most: int = sys.maxsize) -> list[int]:
         """As `encode`, but control tokens are recognised at these places only, which are in order. May raise ValueError with
         the reason why they cannot be told apart from the text."""
-
-    @property
-    def source_bytes_max(self) -> int | None:
-        """The most bytes of a prompt's text that become one token, control tokens included. None: any number of them may."""
-
-    @property
-    def template(self) -> str | None:
-        """The chat template, if the model has one."""
 
     def files(self) -> Mapping[str, bytes]:
         """Hugging Face's tokenizer.json and tokenizer_config.json, which give the same token ids for texts and chats. Takes up

@@ -169,7 +169,7 @@ class ByteVocabulary:
 
     size = 256 + len(CONTROLS)
     controls: Mapping[str, int] = CONTROLS
-    template = _TEMPLATE
+    template: str | None = _TEMPLATE
     end_ids = frozenset({END})
     source_bytes_max = max(map(len, CONTROLS))
     pieces: Sequence[bytes] = [bytes([value]) for value in range(256)] + [b""] * len(CONTROLS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from hypothesis import given
@@ -26,9 +27,9 @@ class Bytes:
 
     def __init__(self, longer: list[bytes] | None = None) -> None:
         given = [bytes([value]) for value in range(256)] + [b"", b""] + (longer or [])
-        self.pieces = given + [b""] * (self.size - len(given))
+        self.pieces: Sequence[bytes] = given + [b""] * (self.size - len(given))
         names = {END: b"<end>", CONTROL: b"<\xc3\xa9>"}
-        self.written = [names.get(token_id, piece) for token_id, piece in enumerate(self.pieces)]
+        self.written: Sequence[bytes] = [names.get(token_id, piece) for token_id, piece in enumerate(self.pieces)]
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -326,7 +326,7 @@ class Words(ByteVocabulary):
 
     longer = (b"the", b" the", b"\n the", b"THE", b"the end", b" ", b"  ", b"\xe9\xbe\x98\xe9", b"x" * 9)
     size = ByteVocabulary.size + len(longer)
-    pieces = (*ByteVocabulary.pieces, *longer)
+    pieces: Sequence[bytes] = (*ByteVocabulary.pieces, *longer)
 
 
 @pytest.mark.parametrize(

@@ -124,7 +124,7 @@ class LlamaVocabulary:
         self.handle: int = c.llama_model_get_vocab(model)
         self.size: int = c.llama_vocab_n_tokens(self.handle)
         self.end_ids = frozenset(token_id for token_id in range(self.size) if c.llama_vocab_is_eog(self.handle, token_id))
-        self.pieces = [library().piece(self.handle, token_id, control=False) for token_id in range(self.size)]
+        self.pieces: Sequence[bytes] = [library().piece(self.handle, token_id, control=False) for token_id in range(self.size)]
         marks = _marks(self.handle, self.size)
         self._marks = {True: marks, False: [mark for mark in marks if not mark.control]}
         self._replaced = [replace(mark, text=_place(mark.token_id)) if mark.control else mark for mark in marks]
@@ -133,9 +133,9 @@ class LlamaVocabulary:
         self._begin_ids = [begin] if begin >= 0 and c.llama_vocab_get_add_bos(self.handle) else []
         self._begin, self._end = self._control_text(begin), self._control_text(c.llama_vocab_eos(self.handle))
         silent = (token_id for token_id, piece in enumerate(self.pieces) if not piece)
-        self.controls = {text: token_id for token_id in silent if (text := self._control_text(token_id))}
+        self.controls: Mapping[str, int] = {text: token_id for token_id in silent if (text := self._control_text(token_id))}
         names = {token_id: text.encode() for text, token_id in self.controls.items()}
-        self.written = [piece or names.get(token_id, b"") for token_id, piece in enumerate(self.pieces)]
+        self.written: Sequence[bytes] = [piece or names.get(token_id, b"") for token_id, piece in enumerate(self.pieces)]
         template: bytes | None = c.llama_model_chat_template(model, None)
         try:
             self.template = None if template is None else template.decode()

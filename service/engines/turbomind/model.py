@@ -177,9 +177,9 @@ class HuggingFaceVocabulary:
         self.end_ids = frozenset(each for each in (*model.end_ids, own) if each is not None and each < self.size)
         added = {token_id: (each.content, each.special) for token_id, each in backend.get_added_tokens_decoder().items()}
         self.pieces = pieces(backend.get_vocab(with_added_tokens=True), added, self.size, byte_level=is_byte_level(layout))
-        self.controls = {text: token_id for token_id, (text, control) in added.items() if control and token_id < self.size}
-        names = {token_id: text.encode() for text, token_id in self.controls.items()}
-        self.written = [piece or names.get(token_id, b"") for token_id, piece in enumerate(self.pieces)]
+        names = {token_id: text for token_id, (text, control) in added.items() if control and token_id < self.size}
+        self.controls: Mapping[str, int] = {text: token_id for token_id, text in names.items()}
+        self.written: Sequence[bytes] = [piece or names.get(each, "").encode() for each, piece in enumerate(self.pieces)]
         self._places = self._add_places(tokenizers.AddedToken, backend.get_added_tokens_decoder())
         self._templates = self._compiled()
         normalizer = (json.loads(layout).get("normalizer") or {}).get("type")
@@ -277,7 +277,7 @@ def is_byte_level(layout: str) -> bool:
     return '"type": "ByteLevel"' in json.dumps([described.get("decoder"), described.get("pre_tokenizer")])
 
 
-def pieces(tokens: Mapping[str, int], added: Mapping[int, tuple[str, bool]], size: int, *, byte_level: bool) -> list[bytes]:
+def pieces(tokens: Mapping[str, int], added: Mapping[int, tuple[str, bool]], size: int, *, byte_level: bool) -> Sequence[bytes]:
     """The bytes that each of `size` tokens adds to the text. `added` has literal tokens, or, if True, control tokens, which add
     none. Ids that the tokenizer does not know add none."""
     found = [b""] * size
