@@ -8,7 +8,7 @@ import sys
 
 from tests.pair import ROOT
 
-CALLS_MAX, FILES_MAX, STOPS_MAX = 610, 50, 28
+CALLS_MAX, FILES_MAX, STOPS_MAX = 500, 49, 25
 
 
 def test_the_route_stays_short() -> None:
