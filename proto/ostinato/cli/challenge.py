@@ -30,7 +30,7 @@ from ostinato.v1 import generation_pb2, sequencer_pb2, types_pb2
 
 COUNT = 16
 NOT_CONSISTENT = "not consistent"
-VERDICTS = ("match", "diverged", "incomparable", show.NOT_COMPARED, NOT_CONSISTENT)
+VERDICTS = (*show.VERDICTS, NOT_CONSISTENT)
 
 
 async def challenge(
@@ -65,7 +65,7 @@ async def challenge(
     told = {each.replace(" ", "_"): verdicts[each] for each in VERDICTS}
     told |= {"without_input": known.without_input, "without_output": known.without_output}
     about = {"seed": str(seed), "records": len(known.records), "chosen": len(chosen)}
-    counts = ", ".join(f"{verdicts[each]} {each}" for each in VERDICTS)
+    counts = show.counts({each: verdicts[each] for each in VERDICTS})
     summary = f"{counts}; {len(chosen)} of {len(known.records)} records, seed {seed}"
     session.print({"challenge": about | told}, lambda: show.line(summary))
     if known.passed_over:

@@ -443,7 +443,7 @@ class Screen:
     def _write(self, text: str) -> None:
         self._shown += text
         if sys.stdout.isatty():
-            text = "\n".join("\t".join(map(show.visible, line.split("\t"))) for line in text.split("\n"))
+            text = show.safe(text)
         print(text, end="", flush=True)
 
 
@@ -487,15 +487,10 @@ async def _write_output(session: Session, options: GenerateOptions, total: int, 
             note_interrupted()
             return FAILED
         summary = output.summary()
-    session.print(summary, lambda: show.card((name.replace("_", " "), _counts(value)) for name, value in summary.items()))
+    told = [(name.replace("_", " "), show.counts(n) if isinstance(n, dict) else n) for name, n in summary.items()]
+    session.print(summary, lambda: show.card(told))
     failed = summary["outcomes"].get("completed") != total or "diverged" in summary.get("verified", {})
     return FAILED if failed else 0
-
-
-def _counts(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{count} {name}" for name, count in value.items()) or "none"
-    return str(value)
 
 
 async def _run(

@@ -89,5 +89,4 @@ async def _follow(
 
 
 def _summary(verdicts: Counter[str]) -> str:
-    names = ("match", "diverged", "incomparable", show.NOT_COMPARED, PASSED_OVER)
-    return ", ".join(f"{verdicts[each]} {each}" for each in names)
+    return show.counts({each: verdicts[each] for each in (*show.VERDICTS, PASSED_OVER)})

@@ -28,12 +28,13 @@ UNBOUNDED_COLUMNS = 10_000
 
 NOT_COMPARED = "not compared"
 """In place of a verdict."""
+VERDICTS = ("match", "diverged", "incomparable", NOT_COMPARED)
 RESULT_COLUMNS = ("sequence", "seed", "grade", "finish", "digest", "tokens", "ms", "text")
 
 
 def line(text: str) -> None:
     """Prints to stdout and flushes: the reader of a pipe waits for lines."""
-    print(_safe(text), flush=True)
+    print(safe(text), flush=True)
 
 
 def lines(texts: Iterable[str]) -> None:
@@ -44,10 +45,10 @@ def lines(texts: Iterable[str]) -> None:
 
 def note(text: str) -> None:
     """Prints to stderr."""
-    print(_safe(text), file=sys.stderr, flush=True)
+    print(safe(text), file=sys.stderr, flush=True)
 
 
-def _safe(text: str) -> str:
+def safe(text: str) -> str:
     """The text, in its lines, without characters that control a terminal: names of fields and files may have some, too."""
     return text if text.isprintable() else "\n".join("\t".join(map(visible, row.split("\t"))) for row in text.split("\n"))
 
@@ -79,9 +80,9 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         _aligned([columns, *listed])
         return
     console = Console()
-    made = Table(*map(_safe, columns), box=box.SIMPLE_HEAD, pad_edge=False)
+    made = Table(*map(safe, columns), box=box.SIMPLE_HEAD, pad_edge=False)
     for row in listed:
-        made.add_row(*map(Text, map(_safe, row)))
+        made.add_row(*map(Text, map(safe, row)))
     # Measured at an unbounded width: at the console's width rich may already report that it breaks words.
     if console.measure(made, options=console.options.update(max_width=UNBOUNDED_COLUMNS)).minimum <= console.width:
         console.print(made)
@@ -169,9 +170,12 @@ def verdict(given: types_pb2.Comparison) -> str:
 
 
 def verdicts(results: Iterable[types_pb2.Result]) -> str:
-    """Counts of verdicts, such as "2 match, 1 diverged"."""
-    counts = Counter(verdict(each.comparison) for each in results if each.HasField("comparison"))
-    return ", ".join(f"{count} {name}" for name, count in counts.items()) or "none"
+    """Such as "2 match, 1 diverged"."""
+    return counts(Counter(verdict(each.comparison) for each in results if each.HasField("comparison")))
+
+
+def counts(given: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in given.items()) or "none"
 
 
 def word(message: Message, field: str) -> str:
