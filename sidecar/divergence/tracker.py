@@ -283,11 +283,12 @@ class Counts:
         others = tuple(each for each in self.groups if each.key != event.key)
         group = next((each for each in self.groups if each.key == event.key), Group(event.key, event.at, event.at))
         groups = (*others, group.after(event))
-        retired = {each.key: each.sums for each in self.retired}
+        retired = self.retired
         for dropped in groups[:-GROUPS_MAX]:
-            key = replace(dropped.key, fingerprint="")
-            retired[key] = retired.get(key, Sums()) + dropped.sums
-        return replace(self, groups=groups[-GROUPS_MAX:], retired=tuple(starmap(RetiredGroups, retired.items())))
+            sums, key = {each.key: each.sums for each in retired}, replace(dropped.key, fingerprint="")
+            sums[key] = sums.get(key, Sums()) + dropped.sums
+            retired = tuple(starmap(RetiredGroups, sums.items()))
+        return replace(self, groups=groups[-GROUPS_MAX:], retired=retired)
 
     @property
     def all_sums(self) -> tuple[tuple[GroupKey, Sums], ...]:

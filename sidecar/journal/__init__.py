@@ -5,6 +5,6 @@ commit: what the rest of the sidecar calls), `store` (what is read and written i
 maintenance), `sqlite` (a file for one sidecar), `postgres` (a log that several sidecars share). `mark` finds a journal that
 lost its end, and `derived` tables that are not what the entries say.
 
-For the operator: `maintenance` (verify, prune, redact), `transfer` (export, import, salvage), `diagnosis` (why a file cannot
+For the operator: `maintenance` (verify, rebuild, prune, redact), `transfer` (export, import), `diagnosis` (why a file cannot
 be used).
 """
