@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -11,16 +12,13 @@ from sidecar.divergence.statistics import ALARM, FAULTY, TOLERABLE
 NEVER = 0
 
 
-def log_evidence(diverged: np.ndarray) -> np.ndarray:
-    """Natural logarithm of E after each comparison. Both arrays have one row per path."""
-    paths, trials = diverged.shape
-    ratio = np.where(diverged, math.log(FAULTY / TOLERABLE), math.log((1 - FAULTY) / (1 - TOLERABLE)))
-    log_sum, evidence = np.full(paths, -np.inf), np.empty((paths, trials))
-    for column in range(trials):
-        t = column + 1
-        log_sum = ratio[:, column] + np.logaddexp(log_sum, -math.log(t * (t + 1)))
-        evidence[:, column] = np.logaddexp(log_sum, -math.log(t + 1))
-    return evidence
+def log_evidence(comparisons: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """Natural logarithm of E after each comparison, of many paths. Each comparison says which of them diverge."""
+    log_sum: np.ndarray | float = -math.inf
+    for t, diverged in enumerate(comparisons, start=1):
+        ratio = np.where(diverged, math.log(FAULTY / TOLERABLE), math.log((1 - FAULTY) / (1 - TOLERABLE)))
+        log_sum = ratio + np.logaddexp(log_sum, -math.log(t * (t + 1)))
+        yield np.logaddexp(log_sum, -math.log(t + 1))
 
 
 def alarms(paths: int, clean: int, trials: int, probability: float, seed: int) -> np.ndarray:
@@ -28,12 +26,8 @@ def alarms(paths: int, clean: int, trials: int, probability: float, seed: int) -
 
     After `clean` clean comparisons, `trials` comparisons diverge with this probability. Only those are numbered.
     """
-    random = np.random.default_rng(seed)
-    faulty, tolerable = math.log(FAULTY / TOLERABLE), math.log((1 - FAULTY) / (1 - TOLERABLE))
-    log_sum, first = np.full(paths, -np.inf), np.full(paths, NEVER)
-    for t in range(1, clean + trials + 1):
-        diverged = random.random(paths) < (probability if t > clean else 0.0)
-        log_sum = np.where(diverged, faulty, tolerable) + np.logaddexp(log_sum, -math.log(t * (t + 1)))
-        up = np.logaddexp(log_sum, -math.log(t + 1)) >= math.log(ALARM)
-        first = np.where(up & (first == NEVER), max(t - clean, 1), first)
+    random, first = np.random.default_rng(seed), np.full(paths, NEVER)
+    comparisons = (random.random(paths) < (probability if t >= clean else 0.0) for t in range(clean + trials))
+    for t, evidence in enumerate(log_evidence(comparisons), start=1):
+        first = np.where((evidence >= math.log(ALARM)) & (first == NEVER), max(t - clean, 1), first)
     return first
