@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
-from typing import NamedTuple
 
 from ostinato.v1 import types_pb2
 
@@ -42,17 +41,6 @@ Tokens = tuple[int, ...]
 _log = logging.getLogger(__name__)
 
 
-class Reuse(NamedTuple):
-    """What to copy before a run's prompt is computed, in this order."""
-
-    spare: int | None
-    """A slot to which the run's slot is copied first, because its content would be lost."""
-    source: int
-    """The slot to copy from; the run's own slot if it holds the prefix itself."""
-    tokens: int
-    """How many of the copied tokens to keep."""
-
-
 class Prefixes:
     """Which pieces of prompts the memory of each slot holds. Bookkeeping only; `Batching` copies the memory.
 
@@ -67,8 +55,12 @@ class Prefixes:
         self._used = [0] * slots
         self._uses = 0
 
-    def assign(self, slot: int, prompt: Tokens, free: Iterable[int]) -> Reuse:
-        """Begin a run with this prompt in `slot`: reuse the longest prefix that a slot holds. Slots in `free` have no run."""
+    def assign(self, slot: int, prompt: Tokens, free: Iterable[int]) -> tuple[int | None, int, int]:
+        """Begin a run with this prompt in `slot`: reuse the longest prefix that a slot holds. Slots in `free` have no run.
+
+        Returns what to copy before the prompt is computed: the slot to which `slot` is copied first, if its content would be
+        lost; the slot to copy from, `slot` itself if it holds the prefix; and how many of the copied tokens to keep.
+        """
         found = [(_shared(held, prompt), place == slot, place) for place, held in enumerate(self.held)]
         tokens, _, source = max(found)  # of equals `slot` itself
         spare = self._spare(slot, source, tokens if source == slot else 0, free)
@@ -77,7 +69,7 @@ class Prefixes:
         self._uses += 1
         self._used[source] = self._used[slot] = self._uses
         self.held[slot] = prompt[:tokens]
-        return Reuse(spare, source, tokens)
+        return spare, source, tokens
 
     def computed(self, slot: int, prompt: Tokens, tokens: int) -> None:
         """The model has processed this many tokens of the prompt and the answer, in order."""
@@ -264,13 +256,13 @@ class Batching:
     def _reuse_prefix(self, active: _Active) -> None:
         """Leave in the run's slot the longest prefix of its prompt that some slot holds, and nothing else."""
         library, context, slot = self._library, self._context, active.slot
-        reuse = self._prefixes.assign(slot, active.run.token_ids, self._free)
-        if reuse.spare is not None:
-            library.copy(context, slot, reuse.spare)
-        if reuse.source != slot:
-            library.copy(context, reuse.source, slot)
-        if library.truncate(context, slot, reuse.tokens):
-            active.fed = active.cached = reuse.tokens
+        spare, source, tokens = self._prefixes.assign(slot, active.run.token_ids, self._free)
+        if spare is not None:
+            library.copy(context, slot, spare)
+        if source != slot:
+            library.copy(context, source, slot)
+        if library.truncate(context, slot, tokens):
+            active.fed = active.cached = tokens
         else:
             self._clear(slot)
 
