@@ -129,6 +129,7 @@ def test_the_line_at_start_has_what_applies() -> None:
         (["--runs", "256", "--context-tokens", "8388608"], "--context-tokens (8388608) times --runs (256) is more than"),
         (["--threads", "513"], "--threads: '513' is not 1 to 512"),
         (["--ubatch", "513"], "--ubatch: '513' is not 1 to 512"),
+        (["--engine", "turbomind", "--tp", "0"], "--tp: '0' is not 1 to"),
         (["--engine", "turbomind", "--tp", "3"], "--tp must be a power of two, is 3"),
         (["--engine", "turbomind", "--cache-fraction", "1"], "--cache-fraction must be above 0 and below 1, is 1.0"),
         (["--engine", "turbomind", "--runs", "4096", "--attention-splits", "2"], "--attention-splits (2) times --runs (4096)"),

@@ -87,7 +87,7 @@ class TurbomindOptions:
     def __post_init__(self) -> None:
         """Raises EngineUnusable for what TurboMind would refuse with a worse message, or not notice. `service.config` has the
         other bounds."""
-        if self.tp < 1 or self.tp & (self.tp - 1):
+        if self.tp & (self.tp - 1):
             raise EngineUnusable(f"--tp must be a power of two, is {self.tp}")
         if not 0 < self.cache_fraction < 1:
             raise EngineUnusable(f"--cache-fraction must be above 0 and below 1, is {self.cache_fraction}")
