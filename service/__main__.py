@@ -11,6 +11,8 @@ import time
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
+from prometheus_client import CollectorRegistry
+
 from ostinato import enums
 from ostinato.digest import model_digest
 from ostinato.v1 import types_pb2
@@ -40,10 +42,8 @@ T = TypeVar("T")
 _log = logging.getLogger("service")
 
 
-async def serve(settings: Settings, stop: asyncio.Event) -> int:
+async def serve(settings: Settings, own: CollectorRegistry, stop: asyncio.Event) -> int:
     """Listens at once, loads and tests the engine meanwhile, serves until told to stop, and drains. The exit code."""
-    own = registry()
-    page = serve_metrics(own, settings.metrics)
     workers = Workers(settings.prepare_threads, settings.prepare_queue_max)
     servicer = EngineServicer(workers)
     server = Server(
@@ -59,7 +59,6 @@ async def serve(settings: Settings, stop: asyncio.Event) -> int:
     try:
         await server.start()
         _log.info("listening", extra={"addresses": ",".join(server.addresses)})
-        _log.info("metrics", extra={"port": page.port})
         engine, seconds = await load_engine(settings)
         install_signal_handlers(stop)
         file = SequenceFile(settings.state_dir / "sequences.json")
@@ -76,7 +75,6 @@ async def serve(settings: Settings, stop: asyncio.Event) -> int:
         workers.close()
         if engine is not None:
             await engine.close()
-        page.close()
     _log.info("drained")
     return DRAINED
 
@@ -179,8 +177,10 @@ def main() -> None:
         sys.exit(calibrate(settings))
 
     async def traced_service(stop: asyncio.Event) -> int:
-        with exporting_traces(settings.traces, "ostinato.service"):
-            return await serve(settings, stop)
+        own = registry()
+        with exporting_traces(settings.traces, "ostinato.service"), serve_metrics(own, settings.metrics) as port:
+            _log.info("metrics", extra={"port": port})
+            return await serve(settings, own, stop)
 
     sys.exit(run("service", traced_service))
 

@@ -276,9 +276,9 @@ def main() -> int:
         numbers = registry()
         with (
             program.exporting_traces(settings.traces, "ostinato.sidecar", settings.writer),
-            contextlib.closing(serve_metrics(numbers, settings.metrics)) as metrics,
+            serve_metrics(numbers, settings.metrics) as port,
         ):
-            log.info("metrics", extra={"port": metrics.port})
+            log.info("metrics", extra={"port": port})
             sidecar = Sidecar(settings, numbers)  # opens its journal, which may take long
             program.install_signal_handlers(stop)
             return await sidecar.run(stop)

@@ -165,7 +165,7 @@ class Auditor:
             for _ in self._backlog.waiting:
                 self._skip(errors.Draining.reason)
             self._backlog.waiting.clear()
-        self._pipeline.observer.audits_waiting(len(self._backlog.waiting))
+        self._pipeline.observer.metrics.audit_backlog.set(len(self._backlog.waiting))
         if window is None or not self._backlog.waiting or not self._bucket.open(now):
             return
         room = max(1, int(self._settings.reruns_share * window.engine.runs)) - self._running

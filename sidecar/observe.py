@@ -97,9 +97,6 @@ class Metrics:
         self.audit_backlog = gauge("audit_backlog_items", "Sampled items that wait for their audit.")
 
 
-log = logging.getLogger(__name__)
-
-
 class Observer:
     """Sees everything, and changes nothing but the spans of items."""
 
@@ -231,9 +228,6 @@ class Observer:
         """It is left to the next epoch."""
         item.stage.end(item.deferred)
         item.span.end(item.deferred)
-
-    def audits_waiting(self, count: int) -> None:
-        self.metrics.audit_backlog.set(count)
 
     # ---- the engine
 

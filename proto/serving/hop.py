@@ -47,6 +47,7 @@ most. An item, which takes about 16 us, and a message of a chat, which takes up 
 Metadata = tuple[tuple[str, str], ...]
 _UCRED = struct.Struct("=iII")
 """Process, user, group."""
+_REMEDY = f"run both programs as one user, or give both {FLAG}"
 _log = logging.getLogger(__name__)
 
 
@@ -165,7 +166,8 @@ class SidecarEnd:
                 try:
                     uid = peer_uid(writer.get_extra_info("socket"))
                     if uid != os.geteuid():
-                        raise Unauthenticated(_other_user(path, uid))
+                        owner = f"{path} belongs to a process of user {uid}, this one is of user {os.geteuid()}"
+                        raise Unauthenticated(f"{owner}; {_REMEDY}")
                     return await reader.readexactly(KEY_BYTES)
                 finally:
                     writer.close()
@@ -175,10 +177,3 @@ class SidecarEnd:
             raise Unauthenticated(f"{path} is not for user {os.geteuid()}; {_REMEDY}") from None
         except (OSError, TimeoutError):
             raise Disconnected("the service cannot be reached") from None
-
-
-_REMEDY = f"run both programs as one user, or give both {FLAG}"
-
-
-def _other_user(path: str, uid: int) -> str:
-    return f"{path} belongs to a process of user {uid}, this one is of user {os.geteuid()}; {_REMEDY}"

@@ -13,7 +13,7 @@ import os
 import socket
 import sys
 import threading
-from dataclasses import dataclass
+from collections.abc import Iterator
 from wsgiref.handlers import SimpleHandler
 from wsgiref.types import WSGIApplication
 
@@ -38,31 +38,18 @@ def registry() -> CollectorRegistry:
     return made
 
 
-@dataclass(slots=True)
-class MetricsServer:
-    """The metrics page, on an event loop in a thread of its own: it answers while the program's loop is busy."""
+@contextlib.contextmanager
+def serve_metrics(registry: CollectorRegistry, address: str) -> Iterator[int]:
+    """Serves `registry` at `host:port` (port 0: any free one) until the context ends, as OpenMetrics with exemplars where the
+    client accepts it. The event loop has a thread of its own: it answers while the program's loop is busy. The value is the
+    real port.
 
-    port: int
-    """The real port; 0 where the page is off."""
-    _loop: asyncio.AbstractEventLoop | None = None
-    _stop: asyncio.Event | None = None
-    _thread: threading.Thread | None = None
-
-    def close(self) -> None:
-        """Stops serving. May be called again."""
-        if self._loop is not None and self._stop is not None and self._thread is not None:
-            with contextlib.suppress(RuntimeError):  # it is closed already
-                self._loop.call_soon_threadsafe(self._stop.set)
-            self._thread.join()
-
-
-def serve_metrics(registry: CollectorRegistry, address: str) -> MetricsServer:
-    """Serves `registry` at `host:port` (port 0: any free one), as OpenMetrics with exemplars where the client accepts it.
-
-    An empty address turns the page off. Raises StartupError that names flag and address, if it cannot listen there.
+    An empty address turns the page off, and the value is 0. Raises StartupError that names flag and address, if it cannot
+    listen there.
     """
     if not address:
-        return MetricsServer(port=0)
+        yield 0
+        return
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or int(port) > 65535:
         raise StartupError(f"--metrics: {address!r} is not host:port", exit_code=BAD_CONFIGURATION)
@@ -72,15 +59,20 @@ def serve_metrics(registry: CollectorRegistry, address: str) -> MetricsServer:
     except OSError as error:  # socket.create_server adds the address to the kernel's words
         why = os.strerror(error.errno) if error.errno is not None and error.errno > 0 else error.strerror
         raise StartupError(f"--metrics: cannot listen on {address}: {why}") from error
-    loop, stop, port_number = asyncio.new_event_loop(), asyncio.Event(), listening.getsockname()[1]
+    loop, stop = asyncio.new_event_loop(), asyncio.Event()
 
     def run() -> None:
         loop.run_until_complete(_serve(listening, make_wsgi_app(registry), stop))
         loop.close()
 
     thread = threading.Thread(target=run, name="metrics", daemon=True)
+    real_port = listening.getsockname()[1]
     thread.start()
-    return MetricsServer(port_number, loop, stop, thread)
+    try:
+        yield real_port
+    finally:
+        loop.call_soon_threadsafe(stop.set)
+        thread.join()
 
 
 async def _serve(listening: socket.socket, app: WSGIApplication, stop: asyncio.Event) -> None:

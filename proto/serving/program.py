@@ -17,8 +17,9 @@ import logging
 import os
 import signal
 import uuid
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from ostinato import tracing
 from serving.logs import report_failure
@@ -39,7 +40,7 @@ class StartupError(Exception):
         self.exit_code = exit_code
 
 
-def run(program: str, main: Callable[[asyncio.Event], Awaitable[int]]) -> int:
+def run(program: str, main: Callable[[asyncio.Event], Coroutine[Any, Any, int]]) -> int:
     """Runs `main` on an event loop of its own and returns the exit code for `sys.exit`. `program`: its name in messages.
 
     SIGTERM and SIGINT end the process at once, even within a library's call, until `main` passes the event that it is given to
@@ -49,8 +50,10 @@ def run(program: str, main: Callable[[asyncio.Event], Awaitable[int]]) -> int:
     """
     gc.freeze()  # imported modules stay, so they need no collection
     gc.set_threshold(OBJECTS_MAX)
+    for number in STOPS:
+        signal.signal(number, _exit)
     try:
-        return asyncio.run(_supervised(main))
+        return asyncio.run(main(asyncio.Event()))
     except StartupError as error:
         report_failure(program, str(error), error.exit_code)
         return error.exit_code
@@ -79,12 +82,6 @@ def exporting_traces(target: str, service: str, instance: str = "") -> Iterator[
         yield
     finally:
         tracing.stop()
-
-
-async def _supervised(main: Callable[[asyncio.Event], Awaitable[int]]) -> int:
-    for number in STOPS:
-        signal.signal(number, _exit)
-    return await main(asyncio.Event())
 
 
 def install_signal_handlers(stop: asyncio.Event) -> None:

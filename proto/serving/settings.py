@@ -35,6 +35,7 @@ from serving.program import BAD_CONFIGURATION
 
 TABLES = ("service", "sidecar")
 """Of a settings file. A program checks its own."""
+_TABLES = " and ".join(f"[{table}]" for table in TABLES)
 
 MAXIMA = {
     "_seconds": (10 * 366 * 86_400, "ten years"),
@@ -181,9 +182,9 @@ class _File:
             yield self.unusable
         for name, found in self.document.items():
             if name not in TABLES and isinstance(found, dict | list):
-                yield f"{self.path}: [{name}]: names no table{_near(name, TABLES)}; there are {_listed(TABLES)}"
+                yield f"{self.path}: [{name}]: names no table{_near(name, TABLES)}; there are {_TABLES}"
             elif not isinstance(found, dict):
-                yield f"{self.path}: {name}: is not in a table; there are {_listed(TABLES)}"
+                yield f"{self.path}: {name}: is not in a table; there are {_TABLES}"
         names = [option.name for option in options]
         for key in self.table:
             if key not in names:
@@ -305,7 +306,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser(program: str, options: Sequence[Option]) -> argparse.ArgumentParser:
     parser = _Parser(prog=program, usage=f"python -m {program} [setting ...]", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"ostinato-{program} {__version__}")
-    about = f"TOML file of settings, named as their flags with _ for -, in {_listed(TABLES)}"
+    about = f"TOML file of settings, named as their flags with _ for -, in {_TABLES}"
     variable = f"{_prefix(program)}{CONFIG.upper()}"
     parser.add_argument(f"--{CONFIG}", metavar="FILE", help=f"{about} [{variable}; default none]")
     for option in options:
@@ -351,10 +352,6 @@ def _unknown(program: str, options: Sequence[Option], environ: Mapping[str, str]
 def _near(name: str, names: Sequence[str], prefix: str = "") -> str:
     near = difflib.get_close_matches(name, names)
     return f"; did you mean {' or '.join(prefix + each for each in near)}?" if near else ""
-
-
-def _listed(tables: Sequence[str]) -> str:
-    return " and ".join(f"[{table}]" for table in tables)
 
 
 def _prefix(program: str) -> str:

@@ -29,9 +29,8 @@ def test_a_page_shows_its_registry() -> None:
     mine, other = registry(), registry()
     Counter("ostinato_here", "here", registry=mine).inc()
     Counter("ostinato_there", "there", registry=other).inc()
-    served = serve_metrics(mine, "127.0.0.1:0")
-    _, text = page(served.port)
-    served.close()
+    with serve_metrics(mine, "127.0.0.1:0") as port:
+        _, text = page(port)
 
     assert "ostinato_here_total 1.0" in text
     assert "process_resident_memory_bytes" in text
@@ -42,10 +41,9 @@ def test_exemplars_go_to_those_who_ask_for_openmetrics() -> None:
     """Sequences are exemplars, never labels; only OpenMetrics can carry them."""
     mine = registry()
     Counter("ostinato_here", "here", registry=mine).inc(exemplar={"sequence": "7"})
-    served = serve_metrics(mine, "127.0.0.1:0")
-    kind, text = page(served.port, "application/openmetrics-text; version=1.0.0")
-    _, plain = page(served.port)
-    served.close()
+    with serve_metrics(mine, "127.0.0.1:0") as port:
+        kind, text = page(port, "application/openmetrics-text; version=1.0.0")
+        _, plain = page(port)
 
     assert kind.startswith("application/openmetrics-text")
     assert 'sequence="7"' in text
@@ -53,17 +51,13 @@ def test_exemplars_go_to_those_who_ask_for_openmetrics() -> None:
 
 
 def test_a_closed_page_frees_its_port() -> None:
-    """It may be closed twice, also where the page is off, and then the port is free."""
-    off = serve_metrics(registry(), "")
-    off.close()
-    assert off.port == 0
-    served = serve_metrics(registry(), "127.0.0.1:0")
-    served.close()
-    served.close()
-    again = serve_metrics(registry(), f"127.0.0.1:{served.port}")
-    again.close()
-
-    assert again.port == served.port
+    """Another page can be served there at once. An empty address serves none."""
+    with serve_metrics(registry(), "") as off:
+        assert off == 0
+    with serve_metrics(registry(), "127.0.0.1:0") as port:
+        pass
+    with serve_metrics(registry(), f"127.0.0.1:{port}") as again:
+        assert again == port
 
 
 @pytest.mark.parametrize(
@@ -81,8 +75,11 @@ def test_an_address_that_cannot_be_had(address: str, why: str) -> None:
     """It stops the program before it serves, with its flag and the reason of the kernel or the resolver."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         taken = server.getsockname()[1]
-        with pytest.raises(StartupError, match=f"^--metrics: .*{why.format(taken=taken)}"):
-            serve_metrics(registry(), address.format(taken=taken))
+        with (
+            pytest.raises(StartupError, match=f"^--metrics: .*{why.format(taken=taken)}"),
+            serve_metrics(registry(), address.format(taken=taken)),
+        ):
+            pass
 
 
 def half(port: int, said: bytes = b"GET /metrics HTTP/1.1\r\nHost: ") -> socket.socket:
@@ -108,11 +105,11 @@ def sockets() -> int:
 def test_idle_half_requests_take_no_more_than_the_bound() -> None:
     """Of many half requests only the newest CONNECTIONS_MAX have a descriptor, none has a thread, and a scrape gets its page
     meanwhile."""
-    with contextlib.closing(serve_metrics(registry(), "127.0.0.1:0")) as served:
-        page(served.port)
+    with serve_metrics(registry(), "127.0.0.1:0") as port:
+        page(port)
         before, threads = sockets(), threading.active_count()
-        halves = [half(served.port) for _ in range(100)]
-        _, text = page(served.port)
+        halves = [half(port) for _ in range(100)]
+        _, text = page(port)
 
         assert "process_open_fds" in text
         assert sockets() - before - len(halves) <= CONNECTIONS_MAX
@@ -125,15 +122,15 @@ def test_idle_half_requests_take_no_more_than_the_bound() -> None:
 def test_a_half_request_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     """A request that does not arrive in time, or has no end, is dropped; so is a page that is not taken."""
     monkeypatch.setattr("serving.metrics.CONNECTION_SECONDS", 0.2)
-    with contextlib.closing(serve_metrics(registry(), "127.0.0.1:0")) as served:
-        assert closed(half(served.port))
-        assert closed(half(served.port, b"x" * (HEAD_BYTES_MAX + 1)))
+    with serve_metrics(registry(), "127.0.0.1:0") as port:
+        assert closed(half(port))
+        assert closed(half(port, b"x" * (HEAD_BYTES_MAX + 1)))
 
 
 @pytest.mark.parametrize("said", [b"GET\r\n\r\n", b"\x16\x03\x01\r\n\r\n", b"PRI * HTTP/2.0\r\n\r\n", b"\xff\r\n\r\n"])
 def test_another_protocol(said: bytes) -> None:
     """What is no request of HTTP/1 is answered with 400."""
-    with contextlib.closing(serve_metrics(registry(), "127.0.0.1:0")) as served, half(served.port, said) as connection:
+    with serve_metrics(registry(), "127.0.0.1:0") as port, half(port, said) as connection:
         assert connection.makefile("rb").readline() == b"HTTP/1.0 400 Bad Request\r\n"
 
 
@@ -141,11 +138,11 @@ def test_the_page_is_for_reading() -> None:
     """Another method is 405; a page may be compressed and restricted to some names."""
     mine = registry()
     Counter("ostinato_here", "here", registry=mine).inc()
-    with contextlib.closing(serve_metrics(mine, "127.0.0.1:0")) as served:
-        with half(served.port, b"POST /metrics HTTP/1.1\r\n\r\n") as connection:
+    with serve_metrics(mine, "127.0.0.1:0") as port:
+        with half(port, b"POST /metrics HTTP/1.1\r\n\r\n") as connection:
             assert connection.makefile("rb").readline() == b"HTTP/1.0 405 Method Not Allowed\r\n"
         said = b"GET /metrics?name[]=ostinato_here_total HTTP/1.1\r\nAccept-Encoding: gzip\r\n\r\n"
-        with half(served.port, said) as connection:
+        with half(port, said) as connection:
             head, _, body = connection.makefile("rb").read().partition(b"\r\n\r\n")
     assert b"Content-Encoding: gzip" in head
     assert gzip.decompress(body).decode().splitlines()[-1] == "ostinato_here_total 1.0"
