@@ -16,7 +16,7 @@ EXPECTED = frozenset(
         "lost: DISCONNECTED", "lost: DEADLINE_EXCEEDED", "an answer by key, again", "a second attempt in one epoch",
         "a second attempt in a later epoch", "a stream that was joined", "a sidecar that was replaced",
         "a replaced sidecar that came back", "a takeover", "a takeover beside what runs", "a service that was fenced off",
-        "a re-run",
+        "a re-run", "a message lost with its connection",
     }
 )  # fmt: skip
 """What some hundred seeds have to show."""

@@ -41,6 +41,8 @@ class Network:
         self.calls: list[Outgoing] = []
         """Those of which something can still arrive or be lost."""
         self.muted = False
+        self.lost = 0
+        """Messages that were under way when their connection broke."""
 
     def delay(self) -> float:
         return self._rng.uniform(*self._delay_seconds)
@@ -105,6 +107,7 @@ class _Wire:
 
     def _arrive(self, deliver: Deliver) -> None:
         if self.broken or self.network.muted:
+            self.network.lost += self.broken
             return
         if self.held or self.network.is_cut(self.path):
             self.held.append(deliver)
@@ -251,15 +254,20 @@ class Outgoing:
         if self.lost:
             return
         self.lost = self._up.broken = self._down.broken = True
+        self.forget()
         self.network.later(caller_seconds, lambda: self.end(errors.Disconnected("the connection broke")))
         if self.incoming is not None:
             self.network.later(callee_seconds, self.incoming.cancel)
 
-    def forget(self) -> None:
-        """Take it from the network's list, once nothing of it can arrive or be lost any more."""
+    @property
+    def over(self) -> bool:
+        """Whether nothing of it can arrive or be lost any more."""
         # The end of the handler is not the end of the call: its answer may be under way, or held by a cut.
-        over = self._in.ended and (self.lost or self.incoming is None or self.incoming.over)
-        if over and self in self.network.calls:
+        return self._in.ended and (self.lost or self.incoming is None or self.incoming.over)
+
+    def forget(self) -> None:
+        """Take it from the network's list, once it is over."""
+        if self.over and self in self.network.calls:
             self.network.calls.remove(self)
 
 

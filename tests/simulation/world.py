@@ -100,6 +100,7 @@ class World:
         except (TimeoutError, Deadlock) as error:
             self.history.unended = self.history.unended or f"not everything came to its end ({error!r})"
         finally:
+            self.history.coverage |= {"a message lost with its connection"} if self.network.lost else set()
             failures = [error for error in self.loop.failures if not isinstance(error, Died)]
             self.history.deaths += [f"a callback raised {error!r}" for error in failures]
             self.network.muted = True
@@ -131,6 +132,7 @@ class World:
         await self._within("the journal", self._settle())
         open_to_dead = [call for call in self.network.calls if call.callee is not None and call.callee.dead and not call.lost]
         assert not open_to_dead, "the connections of a dead process are broken"
+        assert not any(call.over for call in self.network.calls), "what is over is forgotten"
 
     async def _within(self, what: str, awaitable: asyncio.Future[Any] | Any) -> None:
         try:
