@@ -45,7 +45,7 @@ def pages(read: Callable[..., Sequence[Sealed]], name: str, *, payloads: bool = 
 
 def verify(store: SqlStore, keys: PublicKeys, on_page: Callable[[int], None]) -> Heads:
     """Check all entries, the tables beside them, and the signed heads. `on_page` is given the last index of each page. Raises
-    Unsound."""
+    Unsound, and JournalUnusable for the log of another key."""
     with store.snapshot() as tables:
         log = tables.log()
         heads = Heads(signatures_of(tables), keys, log.index if log is not None else 0)
