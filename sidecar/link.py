@@ -11,7 +11,7 @@ import contextlib
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Protocol, TypeVar
+from typing import Any, Protocol
 
 import grpc
 from google.rpc import status_pb2
@@ -24,13 +24,11 @@ from serving.hop import Metadata, SidecarEnd
 
 from sidecar.preparing import Preparing, check_prepared, unreachable
 
-T = TypeVar("T")
 log = logging.getLogger(__name__)
 CLOSE_SECONDS = 1.0
 """For the service to end a half-closed stream."""
 SUBMIT_BYTES = 1 << 20
 """One message carries about this much of waiting submits, and as much of requests to prepare."""
-PREPARE = "ostinato.v1.Engine/Prepare"
 CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
@@ -229,43 +227,44 @@ class EngineLink:
             await asyncio.wait_for(self._ended.wait(), CLOSE_SECONDS)
         await self._channel.close()
 
-    def _proved(self) -> Metadata:
-        """Metadata of a call beside the stream. Raises EngineUnavailable while no stream is open."""
+    async def _call(self, name: str, request: Any, timeout: float | None) -> Any:
+        """The answer of a call beside the stream; None: gRPC could not parse it. Raises what refused it, or EngineUnavailable
+        if the service is unreachable or no stream is open."""
         if self._metadata is None:
             raise unreachable()
-        return self._metadata
+        with tracing.call(f"ostinato.v1.Engine/{name}") as span:
+            try:
+                return await getattr(self._stub, name)(request, timeout=timeout, metadata=(*self._metadata, *span.metadata))
+            except grpc.aio.AioRpcError as failure:
+                raise unavailable(from_rpc_error(failure)) from None
 
     def prepare(self, request: engine_pb2.PrepareRequest, timeout: float | None) -> asyncio.Future[engine_pb2.PrepareResponse]:
         """Sends a short request (see `is_short`) over the stream. See `Preparing.ask`."""
         answer = self._preparing.ask(request, timeout)
         self._coalescer.add()
         if tracing.tracer is not None:
-            span = tracing.call(PREPARE)
+            span = tracing.call("ostinato.v1.Engine/Prepare")
             request.traceparent = span.traceparent
             answer.add_done_callback(lambda done: span.end(asyncio.CancelledError() if done.cancelled() else done.exception()))
         return answer
 
     async def prepare_long(self, request: engine_pb2.PrepareRequest, timeout: float | None) -> engine_pb2.PrepareResponse:
-        """Raises what refused it, EngineUnavailable if the service is unreachable, ProtocolViolation for a useless answer."""
-        with tracing.call(PREPARE) as span:
-            metadata = (*self._proved(), *(span.metadata or ()))
-            prepared = await _called(self._stub.Prepare(request, timeout=timeout, metadata=metadata))
-        return check_prepared(prepared, len(request.items))
+        """Raises as `_call`, and ProtocolViolation for a useless answer."""
+        return check_prepared(await self._call("Prepare", request, timeout), len(request.items))
 
     async def tokenize(self, request: generation_pb2.TokenizeRequest, timeout: float | None) -> generation_pb2.TokenizeResponse:
         """Raises as `prepare_long`."""
-        with tracing.call("ostinato.v1.Engine/Tokenize") as span:
-            metadata = (*self._proved(), *(span.metadata or ()))
-            tokenized = await _called(self._stub.Tokenize(request, timeout=timeout, metadata=metadata))
+        tokenized: generation_pb2.TokenizeResponse | None = await self._call("Tokenize", request, timeout)
         if tokenized is None or len(tokenized.results) != len(request.items):
             raise errors.ProtocolViolation("the service did not tokenise what it was given")
         return tokenized
 
     async def tokenizer(self, timeout: float | None) -> bytes:
-        """The zip of the tokenizer's files. Raises as `prepare_long`."""
-        metadata = self._proved()
+        """The zip of the tokenizer's files. Raises as `_call`."""
+        if self._metadata is None:
+            raise unreachable()
         try:
-            parts = self._stub.GetTokenizer(engine_pb2.GetTokenizerRequest(), timeout=timeout, metadata=metadata)
+            parts = self._stub.GetTokenizer(engine_pb2.GetTokenizerRequest(), timeout=timeout, metadata=self._metadata)
             return b"".join([part.chunk async for part in parts])
         except grpc.aio.AioRpcError as failure:
             raise unavailable(from_rpc_error(failure)) from None
@@ -277,14 +276,6 @@ def _fault(writer: asyncio.Task[None] | None) -> BaseException | None:
         return None
     error = writer.exception()
     return None if isinstance(error, grpc.aio.AioRpcError | asyncio.InvalidStateError) else error
-
-
-async def _called(call: Awaitable[T]) -> T | None:
-    """The answer; None: gRPC could not parse it."""
-    try:
-        return await call
-    except grpc.aio.AioRpcError as failure:
-        raise unavailable(from_rpc_error(failure)) from None
 
 
 def check_description(description: engine_pb2.DescribeResponse) -> None:
