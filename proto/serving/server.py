@@ -146,8 +146,10 @@ class Server:
         hop = self._credentials.hop
         if hop is not None:
             engine_pb2_grpc.add_HopServicer_to_server(hop, self._guard)  # type: ignore[arg-type]
+        tls = self._credentials.tls
         for address in self._addresses:
-            self.addresses.append(address.bind(self._grpc, self._socket_mode, self._credentials.port_credentials()))
+            credentials = tls.credentials() if tls is not None else None  # each port has its own
+            self.addresses.append(address.bind(self._grpc, self._socket_mode, credentials))
             if hop is not None and not hop.shared and isinstance(address, Unix):
                 await hop.hand_out(address.beside(PEER_SUFFIX).listening())
         if self._health_address is not None:
