@@ -139,13 +139,10 @@ class RunStatistics:
                 {"gen_ai.response.finish_reasons": [reason], "gen_ai.usage.output_tokens": len(output.token_ids)}
             )
             self._run.note({"ostinato.grade": enums.word(types_pb2.Grade, output.grade)})
-        self._end("finished", None)
+        self.end("finished")
 
-    def failed(self, how: str, error: errors.OstinatoError) -> None:
-        """`how`: failed, cancelled or expired."""
-        self._end(how, error)
-
-    def _end(self, how: str, error: errors.OstinatoError | None) -> None:
+    def end(self, how: str, error: errors.OstinatoError | None = None) -> None:
+        """`how`: finished, failed, cancelled or expired."""
         self._waiting.dec()
         purpose = self._submit.purpose
         name = enums.word(engine_pb2.Purpose, purpose).lower() if purpose else "self_test"

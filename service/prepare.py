@@ -138,13 +138,12 @@ class _Request:
     def prepare(self, batch: types_pb2.Parameters, response: engine_pb2.PrepareResponse) -> None:
         """With the batch's parameters. Equal items are prepared once. Raises as `Preparer.prepare`."""
         self._judge(batch, "parameters")
-        good_batch, places = not self._found, dict[bytes, int]()
+        good_batch, known = not self._found, dict[bytes, engine_pb2.PreparedItem]()
         for path, item in self._each():
             key = item.SerializeToString(deterministic=True)
-            if key in places:
-                response.items.append(response.items[places[key]])
-            elif (prepared := self._item(item, batch, path, good_batch=good_batch)) is not None and not self._found:
-                places[key] = len(response.items)
+            prepared = known.get(key) or self._item(item, batch, path, good_batch=good_batch)
+            if prepared is not None and not self._found:
+                known[key] = prepared
                 response.items.append(prepared)
         self._raise_found()
 

@@ -385,7 +385,7 @@ class Runs:
                         output.parsed.CopyFrom(parsed(self.engine.vocabulary, self._form, output, run.submit))
                     self._end(event.run_id).finished(output, now)
                 case _:
-                    self._end(event.run_id).failed("failed", from_status(event.failed))
+                    self._end(event.run_id).end("failed", from_status(event.failed))
             event.run_id = run.submit.run_id
             delivered.append(event)
         if delivered:
@@ -397,13 +397,13 @@ class Runs:
 
     def _cancel(self, run_id: int) -> None:
         self.engine.cancel(run_id)
-        self._end(run_id).failed("cancelled", Cancelled("no longer wanted"))
+        self._end(run_id).end("cancelled", Cancelled("no longer wanted"))
 
     def _expire(self, run_id: int) -> None:
         run = self.active[run_id]
         self.engine.cancel(run_id)
         error = DeadlineExceeded(f"the run did not end within {run.submit.timeout_millis} ms")
-        self._end(run_id).failed("expired", error)
+        self._end(run_id).end("expired", error)
         self._send([engine_pb2.RunEvent(run_id=run.submit.run_id, failed=to_status(error))])
 
     def _end(self, run_id: int) -> RunStatistics:
