@@ -65,9 +65,8 @@ def verify(store: SqlStore, keys: PublicKeys, on_page: Callable[[int], None]) ->
             f"{store.name} is not the log of this key: {heads.foreign}: "
             f"if the log has had that key, give it as another --key; otherwise {RESTORE}"
         )
-    for key_id, count in heads.verified.items() if heads.index else ():
-        if not count:
-            raise JournalUnusable(f"{store.name} is not the log of key {key_id}: no head of it is signed by this key")
+    if keys and heads.index and not heads.verified.total():
+        raise JournalUnusable(f"{store.name}: no head of it is signed by key {' or '.join(keys)}")
     return heads
 
 

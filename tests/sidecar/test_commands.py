@@ -232,13 +232,19 @@ def test_a_head_that_was_lost(store: SqliteKit, run: Said) -> None:
 
 
 def test_a_log_that_is_not_signed(run: Said, tmp_path: Path) -> None:
-    """With --key, verify does not call a log sound of which no head is signed by a key that was given."""
-    other = signer_of(new_key())
-    (tmp_path / "key").write_text(other.public_pem)
+    """With --key, verify does not call a log sound of which no head is signed by a key that was given. A key that has signed
+    nothing yet may stand beside one that has."""
+    other, own = signer_of(new_key()), signer_of(new_key())
+    (tmp_path / "other").write_text(other.public_pem)
+    (tmp_path / "both").write_text(other.public_pem + own.public_pem)
     SqliteKit(tmp_path / "journal.db").open().close()
     assert "1 entries are sound" in run("verify")
-    said = run("verify", "--key", tmp_path / "key", code=1)
-    assert f"is not the log of key {other.key_id}: no head of it is signed by this key" in said
+    assert f"no head of it is signed by key {other.key_id}" in run("verify", "--key", tmp_path / "other", code=1)
+    signed = SqliteKit(tmp_path / "signed.db")
+    signed.configure(signer=own)
+    with signed.opened() as journal:
+        journal.append_many([admission(item(1))], 1)
+    assert "entries are sound" in run("verify", "--key", tmp_path / "both", journal=signed.path)
 
 
 def test_a_signing_key(run: Said, tmp_path: Path) -> None:
