@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter as Counts
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
@@ -179,20 +178,11 @@ class Observer:
         item.stage.end(error)
         item.stage = item.span.child("journal")
 
-    def recorded(self, ended: Sequence[tuple[ActiveItem, Sealed, types_pb2.Result]]) -> None:
-        """These outcomes have become durable together."""
-        counts = Counts[tuple[types_pb2.EntryKind.ValueType, str]]()
-        for item, sealed, result in ended:
-            error = errors.from_status(result.status) if result.HasField("status") else None
-            counts[sealed.header.kind, error.reason if error is not None else ""] += 1
-            # Exemplars are slow, and a bucket keeps only its newest.
-            exemplar = _exemplar(item) if item is ended[-1][0] else None
-            self.metrics.item.observe(result.timing.total_micros / 1e6, exemplar)
-            self._recorded(item, sealed, error)
-        for labels, count in counts.items():
-            self._ended(*labels).inc(count)
-
-    def _recorded(self, item: ActiveItem, sealed: Sealed, error: errors.OstinatoError | None) -> None:
+    def recorded(self, item: ActiveItem, sealed: Sealed, result: types_pb2.Result, *, last: bool) -> None:
+        """The outcome is durable. `last`: of those in its commit. Exemplars are slow, and a bucket keeps only its newest."""
+        error = errors.from_status(result.status) if result.HasField("status") else None
+        self._ended(sealed.header.kind, error.reason if error is not None else "").inc()
+        self.metrics.item.observe(result.timing.total_micros / 1e6, _exemplar(item) if last else None)
         if log.isEnabledFor(logging.DEBUG):
             fields = {"sequence": item.sequence, "request_id": item.input.request_id, **item.span.ids}
             log.debug("ended", extra={**fields, "outcome": _word(sealed.header.kind)})

@@ -421,7 +421,7 @@ class Pipeline:
 
     def _recorded(self, items: Sequence[ActiveItem], answers: Sequence[asyncio.Future[Appended]], _: object) -> None:
         """The outcomes are durable."""
-        ended, answered = [], []
+        answered = []
         for item, answer in zip(items, answers, strict=True):
             entries = answer.result().entries
             self.quota.add(item.input.tenant, entries)
@@ -429,17 +429,15 @@ class Pipeline:
                 self.spawn(self._answer_later(item, None))
                 continue
             result = result_of(entries[0])
-            ended.append((item, entries[0], result))
+            self.observer.recorded(item, entries[0], result, last=item is items[-1])
+            if result.HasField("output"):
+                for listener in self.completion_listeners:
+                    listener(entries[0].header, max(item.company, item.company_at_end))
             if item.verification is None and item.recovery is None:
                 self._answer(item, result)
                 answered.append(item.sequence)
             else:
                 self.spawn(self._answer_later(item, (entries[0], result)))
-        self.observer.recorded(ended)
-        for item, entry, result in ended:
-            if result.HasField("output"):
-                for listener in self.completion_listeners:
-                    listener(entry.header, max(item.company, item.company_at_end))
         if answered:
             self.dispatch(ev.Ended(tuple(answered)))
 
