@@ -8,6 +8,7 @@ from hashlib import sha256
 from pathlib import Path
 
 import msgspec
+from msgspec.structs import replace
 
 from ostinato.v1 import types_pb2
 from serving import files
@@ -18,8 +19,7 @@ VERSION = "4"
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
+class Finding(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The result of the self-test."""
 
     grade: types_pb2.Grade.ValueType
@@ -37,12 +37,9 @@ class Proof(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """VERSION."""
     code: str
     """Digest of the service's own source."""
-    grade: str
-    reason: str
-    seconds: float
-    compared_tokens: int
     made_at: str
     """ISO 8601. Informative."""
+    finding: Finding
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +55,6 @@ class Proofs:
         path = self._path(fingerprint)
         try:
             proof = msgspec.json.decode(files.read(path), type=Proof)
-            grade = types_pb2.Grade.Value(proof.grade)
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
@@ -66,15 +62,11 @@ class Proofs:
             return None
         if (proof.fingerprint, proof.test, proof.code) != (fingerprint.hex(), VERSION, self.code):
             return None
-        return Finding(grade, f"{proof.reason}; proved at {proof.made_at}", proof.seconds, proof.compared_tokens)
+        return replace(proof.finding, reason=f"{proof.finding.reason}; proved at {proof.made_at}")
 
     def keep(self, fingerprint: bytes, finding: Finding, made_at: str) -> None:
         """Writes a proof. A failure is only logged: the next start tests again."""
-        proof = Proof(
-            fingerprint.hex(), VERSION, self.code, types_pb2.Grade.Name(finding.grade),
-            finding.reason, finding.seconds, finding.compared_tokens, made_at,
-        )  # fmt: skip
-        path = self._path(fingerprint)
+        proof, path = Proof(fingerprint.hex(), VERSION, self.code, made_at, finding), self._path(fingerprint)
         try:
             files.replace(path, msgspec.json.format(msgspec.json.encode(proof), indent=1).decode() + "\n", parents=True)
         except OSError as error:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from ostinato.v1 import engine_pb2, types_pb2
 from serving.program import StartupError
@@ -123,7 +123,7 @@ def test_proof_is_found_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        *({"code": "new"}, {"test": "0"}, {"fingerprint": "00"}, {"grade": "GRADE_BEST"}, {"more": 1}),
+        *({"code": "new"}, {"test": "0"}, {"fingerprint": "00"}, {"finding": {"grade": "EXACT"}}, {"more": 1}),
         *(b"", b"{", b"\xff", b"[]", b"null"),
     ],
 )
