@@ -65,7 +65,7 @@ async def serve(settings: Settings, own: CollectorRegistry, stop: asyncio.Event)
         starting = start_engine(engine, settings, Metrics(own), secrets.token_hex(16), file, seconds)
         servicer.streams = await _unless_stopped(stop, starting)
         if servicer.streams is not None:
-            await server.set_health(NAME, serving=True)
+            server.set_health(NAME, serving=True)
             _log.info("serving")
             await stop.wait()
             servicer.streams.drain(IDLE_SECONDS)

@@ -123,7 +123,7 @@ class Sidecar:
         listening = {"addresses": ",".join(self.server.addresses), "health_address": self.server.health_address}
         log.info("listening", extra={**listening, "epoch": self.store.head.epoch})
         log.info("waiting for the engine", extra={"address": self.settings.engine})
-        await self.server.set_health(SEQUENCER, serving=True)
+        self.server.set_health(SEQUENCER, serving=True)
         running = [
             self.link.run(self.pipeline, self._hello),
             self._watch_clock(),
@@ -175,24 +175,20 @@ class Sidecar:
             self.pipeline.dispatch(ev.Tick())
             self.auditor.tick()
             self.canaries.tick()
-            self.observer.journal_full(self.journal.full)
+            self.observer.metrics.journal_full.set(self.journal.full)
             can_admit = self.pipeline.engine is not None and not self.journal.full and not self.pipeline.core.draining
             if can_admit != serving:
                 serving = can_admit
-                await self._set_health(serving=serving)
+                self.server.set_health(*self.services, serving=serving)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.pipeline.engine_changed.wait(), self.settings.tick_seconds)
             self.pipeline.engine_changed.clear()
-
-    async def _set_health(self, *, serving: bool) -> None:
-        for name in self.services:
-            await self.server.set_health(name, serving=serving)
 
     async def _drain(self, ending: AbstractSet[asyncio.Future[Any]]) -> set[asyncio.Future[Any]]:
         """Finish what can be finished. Which of `ending` are done: then nothing can be finished any more."""
         self.pipeline.dispatch(ev.Drain())
         log.info("draining", extra={"unfinished": len(self.pipeline.items)})
-        await self._set_health(serving=False)
+        self.server.set_health(*self.services, serving=False)
         drained = asyncio.create_task(self.pipeline.drained.wait())
         first: AbstractSet[asyncio.Future[Any]] = {drained, *ending}
         done, _ = await asyncio.wait(first, timeout=self.settings.drain_seconds, return_when=asyncio.FIRST_COMPLETED)

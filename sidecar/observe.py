@@ -124,9 +124,6 @@ class Observer:
         if isinstance(error, ProtocolViolation):
             self.fault(error)
 
-    def repeated(self) -> None:
-        self.metrics.repeated.inc()
-
     def admitted(self, stamp: types_pb2.Stamp, seconds: float) -> None:
         """`seconds`: from the prepared batch to its sequences."""
         self.metrics.admitted.inc(stamp.count)
@@ -283,9 +280,6 @@ class Observer:
     def witness_failed(self, error: Exception) -> None:
         self.metrics.witness_failures.inc()
         log.warning("the witness did not take a head", extra={"why": str(error) or type(error).__name__})
-
-    def journal_full(self, full: bool) -> None:
-        self.metrics.journal_full.set(full)
 
     def mark_shares_disk(self, mark: Path) -> None:
         self.metrics.mark_shares_disk.set(1)

@@ -238,7 +238,7 @@ class Pipeline:
             raise errors.KeyReused(
                 f"the idempotency key {named} was used for another request: use another key, or send the same request"
             )
-        self.observer.repeated()
+        self.observer.metrics.repeated.inc()
         first, last = binding.first_sequence, binding.first_sequence + binding.count - 1
         waiter.sequences = range(first, last + 1)
         joined = {number: self.items[number] for number in waiter.sequences if number in self.items}

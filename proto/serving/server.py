@@ -3,7 +3,7 @@
     server = Server(["unix:/run/ostinato/engine.sock", "127.0.0.1:7001"], registry=registry)
     server.add(add_EngineServicer_to_server, servicer, "ostinato.v1.Engine")
     await server.start()
-    await server.set_health("ostinato.v1.Engine", serving=True)
+    server.set_health("ostinato.v1.Engine", serving=True)
     ...
     await server.stop(grace=10)
 
@@ -158,10 +158,11 @@ class Server:
             await self._probed.start()
         await self._grpc.start()
 
-    async def set_health(self, name: str, *, serving: bool) -> None:
-        """Says of the service `name` whether it serves. Without effect once stopping."""
+    def set_health(self, *names: str, serving: bool) -> None:
+        """Says of these services whether they serve. Without effect once stopping."""
         assert self._health is not None, "start comes first"
-        self._health.set(name, SERVING if serving else NOT_SERVING)
+        for name in names:
+            self._health.set(name, SERVING if serving else NOT_SERVING)
 
     async def stop(self, grace: float) -> None:
         """Refuses new calls (UNAVAILABLE), lets open calls end for `grace` seconds, then cancels them. Health says

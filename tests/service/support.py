@@ -101,7 +101,7 @@ async def served(script: Mapping[str, object] | None = None, **settings: Any) ->
             servicer.streams = await start_engine(
                 engine, chosen, Metrics(own), "0" * 32, SequenceFile(chosen.state_dir / "sequences.json")
             )
-            await server.set_health(NAME, serving=True)
+            server.set_health(NAME, serving=True)
             async with grpc.aio.insecure_channel(server.addresses[0]) as channel:
                 stub: Any = engine_pb2_grpc.EngineStub(channel)
                 yield Service(server, servicer, engine, own, stub, server.addresses[0], end_codes)

@@ -577,7 +577,7 @@ async def test_a_port_for_probes(authority: Authority) -> None:
     """Beside a door under mTLS, the port for probes tells health in plain text and knows no other service."""
     served = ServerTls(*authority.sign("sidecar"), authority.file)
     async with Door(Credentials(served), health_address="127.0.0.1:0") as door:
-        await door.server.set_health(NAME, serving=True)
+        door.server.set_health(NAME, serving=True)
         async with grpc.aio.insecure_channel(door.server.health_address) as probe:
             channel: Any = probe
             health = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=NAME))

@@ -166,7 +166,7 @@ async def test_health_is_what_the_program_says(server: Server, health: Any) -> N
         return (await health.Check(health_pb2.HealthCheckRequest(service=name))).status
 
     assert [await check(""), await check(NAME)] == [SERVING, NOT_SERVING]
-    await server.set_health(NAME, serving=True)
+    server.set_health(NAME, serving=True)
     assert await check(NAME) == SERVING
     with pytest.raises(grpc.aio.AioRpcError) as raised:
         await check("ostinato.v1.Nothing")
@@ -186,7 +186,7 @@ async def test_a_watch_sees_changes_and_does_not_hold_up_the_stop(server: Server
     """A watcher is told of every change, and a stop ends it at once instead of waiting for it."""
     watch = health.Watch(health_pb2.HealthCheckRequest(service=NAME))
     assert (await watch.read()).status == NOT_SERVING
-    await server.set_health(NAME, serving=True)
+    server.set_health(NAME, serving=True)
     assert (await watch.read()).status == SERVING
 
     await server.stop(grace=1000)
@@ -202,7 +202,7 @@ async def test_a_watcher_that_does_not_read_delays_no_other(server: Server) -> N
         assert (await watch.read()).status == NOT_SERVING
 
         async with asyncio.timeout(10):
-            await server.set_health(NAME, serving=True)
+            server.set_health(NAME, serving=True)
             assert (await watch.read()).status == SERVING
 
 
@@ -364,7 +364,7 @@ async def test_a_probe_says_what_health_says(kind: str, tmp_path: Path, capsys: 
 
     assert await asked(address) == 0
     assert await asked(address, NAME) == 1
-    await server.set_health(NAME, serving=True)
+    server.set_health(NAME, serving=True)
     assert await asked(address, NAME) == 0
     assert await asked(address, "no.such.Service") == 1
     await server.stop(grace=0)

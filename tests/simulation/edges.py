@@ -77,8 +77,8 @@ class SimulatedServer:
     async def start(self) -> None:
         self._open = True
 
-    async def set_health(self, name: str, *, serving: bool) -> None:
-        self.health[name] = serving
+    def set_health(self, *names: str, serving: bool) -> None:
+        self.health |= dict.fromkeys(names, serving)
 
     async def stop(self, grace: float) -> None:
         self._open = False
