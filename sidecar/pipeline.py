@@ -116,7 +116,7 @@ class Pipeline:
         """By batch id."""
         self._last_batch_id = 0
         self._ends: list[ev.End] = []
-        """To be recorded together."""
+        """By the present event: to be recorded together."""
         self._collisions = Collisions()
         self._tasks: set[asyncio.Task[None]] = set()
         observer.watch(self.core, lambda: self.queue.waiting.items, lambda: held.bytes)
@@ -139,9 +139,11 @@ class Pipeline:
     # ---- events and effects
 
     def dispatch(self, event: ev.Event) -> None:
-        """Tell the core an event. Its effects are performed before this returns."""
+        """Tell the core an event. Its effects are performed before this returns; what ends by it is recorded in one commit."""
         for effect in self.queue.step(event, self.clock()):
             self._perform(effect)
+        if self._ends:
+            self._guarded(self._record)
 
     def _perform(self, effect: ev.Effect) -> None:
         match effect:
@@ -152,7 +154,7 @@ class Pipeline:
             case ev.Submit():
                 self._submit(effect)
             case ev.End():
-                self._record(effect)
+                self._ends.append(effect)
             case ev.SubmitRerun(run_id, rerun_id, expires_at):
                 assert self.engine is not None
                 digest = self.engine.model.fingerprint.digest
@@ -402,13 +404,8 @@ class Pipeline:
 
     # ---- record and answer
 
-    def _record(self, end: ev.End) -> None:
-        """What ends in one turn of the loop is recorded in one commit."""
-        self._ends.append(end)
-        if len(self._ends) == 1:
-            asyncio.get_running_loop().call_soon(self._guarded, self._append_outcomes)
-
-    def _append_outcomes(self) -> None:
+    def _record(self) -> None:
+        """Append the outcomes of what has ended."""
         ends, self._ends = self._ends, []
         items, now, outcomes = [self.items[end.sequence] for end in ends], self.clock(), []
         for item, end in zip(items, ends, strict=True):

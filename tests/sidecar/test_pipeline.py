@@ -93,6 +93,7 @@ async def test_another_outcome_whose_payload_was_dropped(journal: Journal, first
     assert recorded.outcome.payload == b""
 
     pipeline._perform(ev.End(1, 1, errors.EngineFailed("too late")))
+    pipeline._record()
     await pipeline.finish()
 
     (result,) = generation_pb2.GenerateResponse.FromString(await waiter.answer(types_pb2.Stamp())).results
@@ -127,6 +128,7 @@ async def test_a_collision_is_told(journal: Journal, caplog: pytest.LogCaptureFi
         seed = admitted.header.seed
         active.output = types_pb2.Output(token_ids=range(40), seed=seed, engine_seed=seed, grade=types_pb2.GRADE_EXACT)
         pipeline._perform(ev.End(active.sequence, 1, None))
+    pipeline._record()
     await pipeline.finish()
 
     (record,) = [each for each in caplog.records if each.levelname == "ERROR"]
@@ -197,6 +199,7 @@ async def test_a_cancel_tells_how_many_it_ended(journal: Journal) -> None:
     assert pipeline.told == [ev.CancelItems(2, 4)]
     pipeline._perform(ev.End(2, 1, errors.Cancelled("cancelled on request")))
     pipeline._perform(ev.End(3, 1, errors.EngineFailed("before")))
+    pipeline._record()
 
     assert await cancelling == 2
     assert set(pipeline.items) == {1}

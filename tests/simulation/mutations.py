@@ -126,10 +126,11 @@ async def _append(pipeline: Pipeline, admission: Admission) -> None:
 
 
 @fault(2, Pipeline, "_record")
-def a_lost_outcome(record: Real, self: Pipeline, effect: ev.End) -> None:
+def a_lost_outcome(record: Real, self: Pipeline) -> None:
     """Every failure is forgotten where it should become durable."""
-    if effect.error is None:
-        record(self, effect)
+    self._ends = [end for end in self._ends if end.error is None]
+    if self._ends:
+        record(self)
 
 
 @breaks(2)
