@@ -240,6 +240,7 @@ def plan() -> Plan:
         job(7, 9.5, "hi", "key-7", streamed=True),
         job(8, 9.6, "a"),
     )
+    jobs[6].request.parameters.stop.extend(f"{number:->256}" for number in range(16))  # a long request has a call of its own
     faults = (
         Fault(1.35, "kill the service", 0.0, 0),
         Fault(4.2, "fill the disk", 2.5, 0),
