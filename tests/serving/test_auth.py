@@ -244,7 +244,7 @@ async def test_other_callers_are_refused(tmp_path: Path, metadata: Metadata) -> 
 
         assert door.seen == []
         labels = {"service": NAME, "method": "UnaryUnary", "code": "UNAUTHENTICATED"}
-        assert door.registry.get_sample_value("ostinato_rpc_handled_total", labels) == 1
+        await eventually(lambda: door.registry.get_sample_value("ostinato_rpc_handled_total", labels) == 1, "it is counted")
 
 
 async def test_without_credentials_everybody_is_an_admin() -> None:

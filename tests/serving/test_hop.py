@@ -66,7 +66,7 @@ async def described(address: str, metadata: tuple[tuple[str, str], ...], *, stre
         stub: engine_pb2_grpc.EngineAsyncStub = engine_pb2_grpc.EngineStub(channel)
         try:
             if stream:
-                await stub.Execute(iter([engine_pb2.ExecuteRequest()]), metadata=metadata).read()
+                await stub.Execute(metadata=metadata).read()  # a write would race with the refusal
             else:
                 await stub.Describe(engine_pb2.DescribeRequest(), metadata=metadata)
         except grpc.aio.AioRpcError as error:
