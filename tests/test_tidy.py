@@ -67,7 +67,6 @@ BESIDE_THE_SPINE = {
     "sidecar.fingerprints": "a cache of fingerprints by digest",
     "sidecar.held": "bounds of the bytes that wait for readers",
     "sidecar.observe": "metrics, spans and log lines",
-    "sidecar.preparing": "requests to prepare, on the engine stream",
     "sidecar.quota": "bytes of the journal by tenant",
     "sidecar.rerun": "second runs",
     "sidecar.turns": "turns between tenants for long work",

@@ -56,7 +56,7 @@ class Item(msgspec.Struct, eq=False):
     """KV blocks that it needs in this engine."""
     expires_at: float = 0.0
     losses: int = 0
-    """Engines that were lost after Started, or while this was the only run."""
+    """Engines that were lost after Started, or while it was quarantined."""
     unattributed_crashes: int = 0
     """Engines that were lost before Started, with other runs beside this one."""
 

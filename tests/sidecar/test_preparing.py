@@ -14,7 +14,7 @@ from ostinato import errors
 from ostinato.v1 import engine_pb2, generation_pb2, types_pb2
 from serving.hop import SHORT_BYTES, is_short
 
-from sidecar.preparing import Preparing, check_prepared
+from sidecar.link import Preparing, check_prepared
 
 DEEDS = ("ask", "ask", "leave", "take", "answer", "answer", "refuse", "answer again", "lose")
 
