@@ -277,14 +277,20 @@ def test_other_settings_come_from_a_file_and_the_environment(state: Path, tmp_pa
 
 
 def test_a_journal_that_is_set_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """--state does not override a journal of the settings file or of the environment."""
+    """--state does not override a journal of the settings file, also of one that only the program is told of, or of the
+    environment. A flag that the program refuses is left to it."""
     config = tmp_path / "ostinato.toml"
     config.write_text(f'[sidecar]\njournal = "{tmp_path / "other.sqlite"}"\n')
-    plain = serve.Serving(state=tmp_path / "state")
-    told = serve.Serving(state=tmp_path / "state", config=config)
-    assert any(flag.startswith("--journal=") for flag in serve._flags(plain, "sidecar", "unix:x"))
-    assert not any(flag.startswith("--journal=") for flag in serve._flags(told, "sidecar", "unix:x"))
+
+    def passed(*flags: str) -> bool:
+        serving = serve.Serving(state=tmp_path / "state", flags={"sidecar": list(flags)})
+        return any(flag.startswith("--journal=") for flag in serve._flags(serving, "sidecar", "unix:x"))
+
+    assert passed()
+    assert passed("--config")
+    assert not passed("--metrics", "x", f"--config={config}")
+    assert not passed("--config", str(config))
 
     monkeypatch.setenv("OSTINATO_SIDECAR_JOURNAL", str(tmp_path / "third.sqlite"))
 
-    assert not any(flag.startswith("--journal=") for flag in serve._flags(plain, "sidecar", "unix:x"))
+    assert not passed()

@@ -121,7 +121,6 @@ def serve(
     sidecars = {"--config": config, "--listen": listen, "--metrics": metrics}
     serving = Serving(
         state=state,
-        config=config,
         gateway_port=(gateway_port or GATEWAY_PORT) if gateway else None,
         flags={
             "service": [*_given(services), *_split("--service-flag", service_flag)],
@@ -325,8 +324,6 @@ class Serving:
     """What to start, then what runs and what the programs reported."""
 
     state: Path = STATE
-    config: Path | None = None
-    """Also among the flags of both programs."""
     gateway_port: int | None = None
     """None: no gateway."""
     flags: Mapping[str, Sequence[str]] = field(default_factory=lambda: {"service": (), "sidecar": ()})
@@ -473,16 +470,19 @@ def _make_signing_key(path: Path) -> None:
 
 def _is_set(serving: Serving, program: str, setting: str) -> bool:
     """Whether the environment or the settings file has this setting, which --state must not override."""
+    import argparse
     import tomllib
 
     prefix = f"OSTINATO_{program.upper()}_"
     if f"{prefix}{setting.upper()}" in os.environ:
         return True
-    file = serving.config or os.environ.get(f"{prefix}CONFIG")
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--config", default=os.environ.get(f"{prefix}CONFIG"))
     try:
+        file = parser.parse_known_args(serving.flags[program])[0].config
         table = tomllib.loads(Path(file).read_text("utf-8")).get(program) if file else None
-    except (OSError, ValueError):
-        return False  # the program reports what is wrong with the file
+    except (argparse.ArgumentError, OSError, ValueError):
+        return False  # the program reports what is wrong with the flag or the file
     return isinstance(table, dict) and setting in table
 
 
