@@ -315,11 +315,11 @@ class Preparing:
 
     def __init__(self) -> None:
         self.open = False
-        self._last_id = 0
+        self._last_id = self._last_sent_id = 0
         self.unsent: deque[engine_pb2.PrepareRequest] = deque()
         """Some of them may have been given up."""
         self._answers: dict[int, tuple[Answer, int]] = {}
-        """By prepare id: those not answered yet, each with the number of its items."""
+        """By prepare id: those that are awaited, each with the number of its items."""
 
     def ask(self, request: engine_pb2.PrepareRequest, timeout: float | None) -> Answer:
         """Takes the request over. To give it up, cancel its answer.
@@ -335,6 +335,7 @@ class Preparing:
             answer.set_exception(unreachable())
             return answer
         self._answers[request.prepare_id] = answer, len(request.items)
+        answer.add_done_callback(lambda _: self._answers.pop(request.prepare_id, None))
         self.unsent.append(request)
         if timeout is not None:
             late = loop.call_later(timeout, _fail, answer, errors.DeadlineExceeded("the deadline passed while it was prepared"))
@@ -346,16 +347,17 @@ class Preparing:
         taken, size = list[engine_pb2.PrepareRequest](), 0
         while self.unsent and size < bytes_max:
             request = self.unsent.popleft()
-            if self._answers[request.prepare_id][0].done():
-                del self._answers[request.prepare_id]
-            else:
+            self._last_sent_id = request.prepare_id
+            if request.prepare_id in self._answers:
                 size += request.ByteSize()
                 taken.append(request)
         return taken
 
     def settle(self, responses: Iterable[engine_pb2.PrepareResponse]) -> None:
-        """Set the answers. Those that were given up are dropped."""
+        """Set the answers. Those that were given up are dropped. Raises ProtocolViolation for one of a request not sent."""
         for response in responses:
+            if response.prepare_id > self._last_sent_id:
+                raise errors.ProtocolViolation("an answer to a request to prepare that was not sent")
             answer, count = self._answers.pop(response.prepare_id, (None, 0))
             if answer is None or answer.done():
                 continue

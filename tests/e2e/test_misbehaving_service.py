@@ -101,6 +101,7 @@ def broken_details(submit: Submit) -> RunEvent:
     return failed(submit, info)
 
 
+UNASKED = engine_pb2.PrepareResponse(prepare_id=2**63)
 FAULTS: Mapping[str, Callable[[Submit], Sequence[Wire]]] = {
     "finished, of no run": lambda s: [frame(finished(Submit(run_id=s.run_id + 1000)))],
     "failed, of no run": lambda s: [frame(failed(Submit(run_id=s.run_id + 1000)))],
@@ -117,6 +118,7 @@ FAULTS: Mapping[str, Callable[[Submit], Sequence[Wire]]] = {
     "an output of an unknown grade": lambda s: [frame(started(s), finished(s, grade=17))],
     "an output of a negative grade": lambda s: [frame(started(s), finished(s, grade=-1))],
     "malformed bytes": lambda s: [b"\xff\xff"],
+    "an answer to what was not asked": lambda s: [engine_pb2.ExecuteResponse(prepared=[UNASKED])],
     "a second welcome without capacity": lambda s: [welcome(capacity=engine_pb2.Capacity())],
 }
 

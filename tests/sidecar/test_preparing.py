@@ -16,7 +16,7 @@ from serving.hop import SHORT_BYTES, is_short
 
 from sidecar.link import Preparing, check_prepared
 
-DEEDS = ("ask", "ask", "leave", "take", "answer", "answer", "refuse", "answer again", "lose")
+DEEDS = ("ask", "ask", "leave", "take", "answer", "answer", "refuse", "answer again", "answer unsent", "lose")
 
 
 def asked(text: str = "x", **parameters: object) -> engine_pb2.PrepareRequest:
@@ -47,7 +47,7 @@ async def outcome(preparing: Preparing, name: str) -> str:
 @given(st.lists(st.sampled_from(DEEDS), max_size=40), st.data())
 def test_each_gets_its_own_answer(deeds: Sequence[str], data: st.DataObject) -> None:
     """Whatever is answered, refused, taken, given up or lost in whatever order, each caller gets the answer to its
-    own request, once; and what was given up is not sent."""
+    own request, once; what was given up is neither sent nor kept; and an answer to what was not sent is a violation."""
 
     async def play() -> None:
         preparing = Preparing()
@@ -80,9 +80,11 @@ def test_each_gets_its_own_answer(deeds: Sequence[str], data: st.DataObject) -> 
                     preparing.settle([answer(request) if deed == "answer" else refusal(request)])
                     expected.setdefault(name, f"{deed}{'ed' if deed == 'answer' else 'd'} {name}")
                 case "answer again" if settled:
-                    preparing.settle(
-                        [answer(data.draw(st.sampled_from(settled))), engine_pb2.PrepareResponse(prepare_id=2**63)]
-                    )
+                    preparing.settle([answer(data.draw(st.sampled_from(settled)))])
+                case "answer unsent":
+                    early = data.draw(st.sampled_from([engine_pb2.PrepareRequest(prepare_id=2**63), *preparing.unsent]))
+                    with pytest.raises(errors.ProtocolViolation):
+                        preparing.settle([engine_pb2.PrepareResponse(prepare_id=early.prepare_id)])
                 case "lose":
                     preparing.lose()
                     expected |= dict.fromkeys(waiting, "lost")
@@ -90,6 +92,7 @@ def test_each_gets_its_own_answer(deeds: Sequence[str], data: st.DataObject) -> 
                     preparing.open = True
             await asyncio.sleep(0)
             await asyncio.sleep(0)
+            assert len(preparing._answers) == len(tasks.keys() - expected.keys())
         preparing.lose()
         told = dict[str, str]()
         for name, task in tasks.items():
