@@ -418,6 +418,8 @@ class Pipeline:
 
     def _recorded(self, items: Sequence[ActiveItem], answers: Sequence[asyncio.Future[Appended]], _: object) -> None:
         """The outcomes are durable."""
+        for answer in answers:
+            answer.exception()  # marks it as retrieved: the first that failed is raised below
         answered = []
         for item, answer in zip(items, answers, strict=True):
             entries = answer.result().entries

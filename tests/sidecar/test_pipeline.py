@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -23,7 +24,7 @@ from sidecar.api import SequencerServicer
 from sidecar.config import Settings
 from sidecar.core import events as ev
 from sidecar.item import ActiveItem
-from sidecar.journal.model import Outcome, Sealed
+from sidecar.journal.model import JournalBroken, Outcome, Sealed
 from sidecar.journal.store import StoreSettings
 from sidecar.journal.writer import Journal
 from sidecar.observe import Metrics, Observer
@@ -185,6 +186,34 @@ async def test_a_batch_that_the_journal_does_not_take(
         await batch.numbered
     assert refused.value.retry_after == 7
     assert pipeline.told == [ev.NotNumbered(1)]
+
+
+async def test_outcomes_after_the_journal_is_over(journal: Journal, caplog: pytest.LogCaptureFixture) -> None:
+    """The process ends because of all of them, and asyncio logs none as an exception that was not looked at."""
+    pipeline = Watched(journal)
+    for admitted in (await journal.append(admission(item(1), item(2)))).entries:
+        pipeline.items[admitted.header.sequence] = ActiveItem(admitted.header, item(1), 0.0, [])
+        pipeline._perform(ev.End(admitted.header.sequence, 1, errors.EngineFailed("no")))
+    await journal.close()
+    pipeline._record()
+
+    await asyncio.wait([pipeline.broken])
+    assert isinstance(pipeline.broken.exception(), JournalBroken)
+    del pipeline
+    gc.collect()
+    assert [record.getMessage() for record in caplog.records if record.name == "asyncio"] == []
+
+
+async def test_a_violation_in_the_middle_of_a_message(journal: Journal) -> None:
+    """What the service says before it counts, then the stream is dropped; what it says after it is ignored."""
+    pipeline, dropped = Watched(journal), list[str]()
+    pipeline.link = cast(Any, SimpleNamespace(drop=lambda why: dropped.append(f"after {len(pipeline.told)} events: {why}")))
+    started = [engine_pb2.RunEvent(run_id=run_id, started=engine_pb2.Started()) for run_id in (1, 2, 3)]
+
+    pipeline.engine_events([*started[:2], engine_pb2.RunEvent(run_id=2), started[2]])
+
+    assert pipeline.told == [ev.Reported((ev.Started(1), ev.Started(2)))]
+    assert dropped == ["after 1 events: an event of run 2 that says nothing"]
 
 
 async def test_a_cancel_tells_how_many_it_ended(journal: Journal) -> None:
