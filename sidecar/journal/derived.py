@@ -176,8 +176,9 @@ class Rebuilt:
         for writer, epoch in log.writers.items():
             if (found := self.epochs.get(writer, 0 if whole else epoch)) != epoch:
                 return f"writer {writer!r} has epoch {epoch}, and its newest entry {found}"
-        if self.last_sequence not in (None, log.last_sequence):
-            return f"the last sequence is {log.last_sequence}, and that of the entries {self.last_sequence}"
+        last_sequence = self.last_sequence or 0 if whole else self.last_sequence
+        if last_sequence not in (None, log.last_sequence):
+            return f"the last sequence is {log.last_sequence}, and that of the entries {last_sequence}"
         if self._first is None and not whole:
             return ""
         first = 0 if whole or self._first is None else self._first

@@ -132,7 +132,8 @@ class Heads:
             if header.kind == types_pb2.ENTRY_KIND_OPENED:
                 key_id = sequencer_pb2.OpenedPayload.FromString(entry.payload).signing_key_id
                 self._signing_key[header.writer] = key_id
-                self._check_key(f"{name_of(header)}: its epoch", key_id)
+                if key_id:
+                    self._check_key(f"{name_of(header)}: its epoch", key_id)
             self._check_covered(header, head.key_id if head is not None else "")
 
     def _next_head(self) -> Signature | None:
@@ -155,7 +156,7 @@ class Heads:
         self._hashes, self._head = [], self._next_head()
 
     def _check_key(self, signed: str, key_id: str) -> None:
-        if self._keys and key_id and key_id not in self._keys:
+        if self._keys and key_id not in self._keys:
             self.foreign = self.foreign or f"{signed} is signed by key {key_id}, which was not given"
 
     def _check_covered(self, header: types_pb2.EntryHeader, head_key_id: str) -> None:

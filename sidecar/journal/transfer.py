@@ -99,6 +99,8 @@ class _Lines:
         self._number += 1
         try:
             line = next(self._lines, None)
+            if line is None and self._number == 1:
+                raise JournalUnusable(f"{self._name} is empty: it is no exported journal")
             if line is None or not line.strip():
                 raise ValueError("is missing" if line is None else "is blank")
             told = json.loads(line)
@@ -139,7 +141,9 @@ def take_in(
     if not owner:
         raise JournalUnusable(f"{name} has several writers, name one that is to have it: {', '.join(log.writers)}")
     keys = given.values(counts.keys, "key", Key)
-    notes = given.values(counts.notes, "note", Note)
+    notes = {note.name: note.value for note in given.values(counts.notes, "note", Note)}
+    if len(notes) < counts.notes:
+        raise JournalUnusable(f"{name}: a note stands there twice")
     signatures = given.values(counts.heads, "head", Signature)
     heads = Heads(iter(signatures), PublicKeys(), log.index)
     secret, inputs = os.urandom(SECRET_BYTES), dict[int, bytes]()
@@ -153,7 +157,7 @@ def take_in(
         given.end()
         rebuilt.write_items()
         tables.import_keys(keys)
-        tables.write_notes({note.name: note.value for note in notes})
+        tables.write_notes(notes)
         tables.write_signatures(signatures)
         if fault := rebuilt.fault(log, whole=True) or rebuilt.missing_payload() or heads.fault:
             raise JournalUnusable(f"{name} is not whole: {fault}")

@@ -163,6 +163,7 @@ def test_export_and_import(store: SqliteKit, run: Said, tmp_path: Path) -> None:
         ("DELETE FROM heads WHERE last_index = 4", "entry 2, ADMITTED: no signed head of key {key} covers it"),
         ("DELETE FROM heads WHERE last_index = 7", "entry 5, COMPLETED: no signed head of key {key} covers it"),
         ("UPDATE heads SET key_id = 'b' WHERE last_index = 4", "entry 2, ADMITTED: no signed head of key {key} covers it"),
+        ("INSERT INTO heads VALUES (9, 9, '', x'00')", "head of entries 9 to 9: it is signed by key , which was not given"),
     ],
 )
 def test_damaged_heads(store: SqliteKit, run: Said, tmp_path: Path, change: str, said: str) -> None:
@@ -275,7 +276,7 @@ def test_half_a_file(store: SqliteKit, run: Said, tmp_path: Path, monkeypatch: p
         ("".join(lines[:-1]), f"line {len(lines)}: is missing"),
         ("".join([*lines, lines[-1]]), "goes on after"),
         ("".join(lines)[:-9], f"line {len(lines)}"),
-        ("", "line 1: is missing"),
+        ("", "is empty: it is no exported journal"),
         ("\n \n", "line 1: is blank"),
         ("{}\n", "line 1"),
         (lines[0] + "[]\n", "line 2: is no head"),

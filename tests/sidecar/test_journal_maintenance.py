@@ -390,10 +390,9 @@ def test_several_writers(kit: Kit) -> None:
         ({}, "no signed head"),
     ],
 )
-def test_an_import_that_lacks_something(tmp_path: Path, wanted: dict[str, str], why: str) -> None:
+def test_an_import_that_lacks_something(kit: Kit, wanted: dict[str, str], why: str) -> None:
     """Lines without the payloads of an item that has ended or of an epoch, or without the signed heads, are not taken in if no
     entry says so."""
-    kit = SqliteKit(tmp_path / "journal.db")
     kit.configure(signer=signer_of(new_key()))
     fill(kit)
     first, *lines = map(json.loads, exported(kit))
@@ -404,6 +403,28 @@ def test_an_import_that_lacks_something(tmp_path: Path, wanted: dict[str, str], 
         first["heads"], lines = "0", [line for line in lines if "head" not in line]
     with pytest.raises(JournalUnusable, match=why):
         taken_in(kit.another(), [json.dumps(line) for line in (first, *lines)])
+
+
+@pytest.mark.parametrize("admitted", [0, 1])
+def test_an_import_with_another_last_sequence(kit: Kit, admitted: int) -> None:
+    """A first line is not taken in whose last sequence is not that of the entries, whether or not one of them has a sequence."""
+    with kit.opened() as journal:
+        journal.append_many([admission() for _ in range(admitted)] or [Note("name", b"")], 1)
+    first, *lines = exported(kit)
+    lines = [json.dumps({**json.loads(first), "last_sequence": "7"}), *lines]
+    with pytest.raises(JournalUnusable, match=f"the last sequence is 7, and that of the entries {admitted}"):
+        taken_in(kit.another(), lines)
+    taken_in(kit.another(), [first, *lines[1:]])
+
+
+def test_a_note_that_stands_twice(kit: Kit) -> None:
+    """Lines with two notes of one name are not taken in: it cannot be told which one holds."""
+    fill(kit)
+    first, *lines = exported(kit)
+    at = next(number for number, line in enumerate(lines) if "note" in json.loads(line))
+    notes = [json.dumps({"note": {"name": json.loads(lines[at])["note"]["name"], "value": ""}}), lines[at]]
+    with pytest.raises(JournalUnusable, match="a note stands there twice"):
+        taken_in(kit.another(), [json.dumps({**json.loads(first), "notes": "2"}), *lines[:at], *notes, *lines[at + 1 :]])
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
