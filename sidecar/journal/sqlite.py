@@ -432,6 +432,8 @@ class SqliteStore(SqlStore):
                 db.pragma("secure_delete", True)  # what is dropped is overwritten
         except BaseException:
             db.close()
+            if store.copy is not None:
+                store.copy.unlink()  # no table was made again
             raise
         return store
 
@@ -570,11 +572,12 @@ class SqliteStore(SqlStore):
             yield self._tables
 
     def _keep_copy(self) -> None:
-        self.copy = copy = self._path.with_name(self._path.name + ".before-rebuild")
+        copy = self._path.with_name(self._path.name + ".before-rebuild")
         try:
             os.close(files.opened(copy, os.O_RDWR | os.O_CREAT | os.O_EXCL))
         except FileExistsError:
             raise JournalUnusable(f"{copy} is there already: move it away") from None
+        self.copy = copy
         with self._errors(), closing(apsw.Connection(str(copy))) as there, there.backup("main", self._db, "main") as pages:
             pages.step()
 

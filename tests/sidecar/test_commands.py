@@ -343,6 +343,19 @@ def test_accept_loss_of_an_empty_journal(tmp_path: Path, run: Said) -> None:
     assert "has no entries" in run("accept-loss", "--through", "9", code=1)
 
 
+def test_a_rebuild_that_is_refused(store: SqliteKit, run: Said, tmp_path: Path) -> None:
+    """A rebuild of a journal without an entry leaves no copy, and so says the same again; a copy that is there is left as it
+    is."""
+    empty = tmp_path / "empty.db"
+    SqliteStore.open_for_maintenance(str(empty), "make")._db.close()
+    for _ in range(2):
+        assert "has no entries" in run("rebuild", journal=empty, code=1)
+    copy = tmp_path / "journal.db.before-rebuild"
+    copy.write_text("kept")
+    assert f"{copy} is there already: move it away" in run("rebuild", code=1)
+    assert (list(tmp_path.glob("*.before-rebuild")), copy.read_text()) == ([copy], "kept")
+
+
 @pytest.mark.parametrize(
     ("method", "error", "said"),
     [

@@ -407,7 +407,7 @@ def test_an_import_that_lacks_something(kit: Kit, wanted: dict[str, str], why: s
 
 @pytest.mark.parametrize("admitted", [0, 1])
 def test_an_import_with_another_last_sequence(kit: Kit, admitted: int) -> None:
-    """A first line is not taken in whose last sequence is not that of the entries, whether or not one of them has a sequence."""
+    """A first line with another last sequence than the entries is not taken in, whether or not one of them has a sequence."""
     with kit.opened() as journal:
         journal.append_many([admission() for _ in range(admitted)] or [Note("name", b"")], 1)
     first, *lines = exported(kit)
