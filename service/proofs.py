@@ -6,6 +6,7 @@ import logging
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 from msgspec.structs import replace
@@ -13,8 +14,8 @@ from msgspec.structs import replace
 from ostinato.v1 import types_pb2
 from serving import files
 
-VERSION = "4"
-"""Version of the test, which changes with its cases. A proof by another version is ignored."""
+VERSION = "5"
+"""Of the test and of the form of a proof: it changes with the cases, too. A proof by another version is ignored."""
 
 _log = logging.getLogger(__name__)
 
@@ -22,7 +23,7 @@ _log = logging.getLogger(__name__)
 class Finding(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The result of the self-test."""
 
-    grade: types_pb2.Grade.ValueType
+    grade: Annotated[types_pb2.Grade.ValueType, msgspec.Meta(ge=types_pb2.GRADE_BEST_EFFORT, le=types_pb2.GRADE_EXACT)]
     reason: str
     seconds: float
     compared_tokens: int
@@ -33,8 +34,6 @@ class Proof(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     fingerprint: str
     """Digest, hexadecimal."""
-    test: str
-    """VERSION."""
     code: str
     """Digest of the service's own source."""
     made_at: str
@@ -44,8 +43,8 @@ class Proof(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 @dataclass(frozen=True, slots=True)
 class Proofs:
-    """The proofs of one directory, one file per fingerprint, replaced whole. A proof of another fingerprint, test or code is
-    ignored, and so is a file that cannot be read."""
+    """The proofs of one directory, one file per fingerprint and VERSION, replaced whole. A proof of another fingerprint or code
+    is ignored, and so is a file that cannot be read."""
 
     directory: Path
     code: str
@@ -60,20 +59,20 @@ class Proofs:
         except (OSError, ValueError) as error:
             _log.warning("proof unreadable", extra={"path": path, "why": str(error)})
             return None
-        if (proof.fingerprint, proof.test, proof.code) != (fingerprint.hex(), VERSION, self.code):
+        if (proof.fingerprint, proof.code) != (fingerprint.hex(), self.code):
             return None
         return replace(proof.finding, reason=f"{proof.finding.reason}; proved at {proof.made_at}")
 
     def keep(self, fingerprint: bytes, finding: Finding, made_at: str) -> None:
         """Writes a proof. A failure is only logged: the next start tests again."""
-        proof, path = Proof(fingerprint.hex(), VERSION, self.code, made_at, finding), self._path(fingerprint)
+        proof, path = Proof(fingerprint.hex(), self.code, made_at, finding), self._path(fingerprint)
         try:
             files.replace(path, msgspec.json.format(msgspec.json.encode(proof), indent=1).decode() + "\n", parents=True)
         except OSError as error:
             _log.warning("proof not kept", extra={"path": path, "why": str(error)})
 
     def _path(self, fingerprint: bytes) -> Path:
-        return self.directory / f"{fingerprint.hex()}.json"
+        return self.directory / f"{fingerprint.hex()}.{VERSION}.json"
 
 
 def code_digest(package: Path) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from msgspec.structs import replace
+from msgspec.structs import asdict, replace
 
 from ostinato.v1 import engine_pb2, types_pb2
 from serving.program import StartupError
@@ -109,8 +109,9 @@ def test_an_engine_that_cuts_prompts_gets_longer_ones() -> None:
 FINDING = Finding(EXACT, "all equal", 1.5, 200)
 
 
-def test_proof_is_found_again(tmp_path: Path) -> None:
-    """A proof is found under its fingerprint only; it replaces an earlier one, and no temporary file is left."""
+def test_proof_is_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """A proof is found under its fingerprint and by its version of the test only; it replaces an earlier one, and no temporary
+    file is left."""
     proofs = Proofs(tmp_path / "proofs", "code")
     proofs.keep(b"f" * 32, replace(FINDING, reason="another"), "")
     proofs.keep(b"f" * 32, FINDING, "2026-01-01T00:00:00+00:00")
@@ -118,18 +119,22 @@ def test_proof_is_found_again(tmp_path: Path) -> None:
     assert len(list((tmp_path / "proofs").iterdir())) == 1
     assert proofs.find(b"f" * 32) == replace(FINDING, reason="all equal; proved at 2026-01-01T00:00:00+00:00")
     assert proofs.find(b"g" * 32) is None
+    monkeypatch.setattr("service.proofs.VERSION", "another")
+    assert proofs.find(b"f" * 32) is None
+    assert caplog.text == ""
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        *({"code": "new"}, {"test": "0"}, {"fingerprint": "00"}, {"finding": {"grade": "EXACT"}}, {"more": 1}),
+        *({"code": "new"}, {"fingerprint": "00"}, {"more": 1}),
+        *({"finding": asdict(FINDING) | {"grade": grade}} for grade in ("GRADE_BEST", -1, 0, 4)),
         *(b"", b"{", b"\xff", b"[]", b"null"),
     ],
 )
 def test_proof_that_does_not_fit_is_ignored(tmp_path: Path, change: dict[str, object] | bytes) -> None:
-    """A proof by other code, by another test, for another fingerprint or in another form is ignored, and so is a file with
-    another content."""
+    """A proof by other code, for another fingerprint, in another form or with a grade that there is not is ignored, and so is a
+    file with another content."""
     proofs = Proofs(tmp_path, "code")
     proofs.keep(b"f" * 32, FINDING, "")
     (path,) = tmp_path.iterdir()
