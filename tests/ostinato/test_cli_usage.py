@@ -41,7 +41,7 @@ from tests.ostinato.fake import Terminal
         ("generate a --batch 0", "--batch"),
         ("generate a --nonsense", "--nonsense"),
         ("chat --stop-token-id -1", "--stop-token-id: -1 is not from 0 to"),
-        ("head -t localhost", "--target: must be host:port"),
+        *((f"{each} -t localhost", "--target: must be host:port") for each in ("head", "generate -", "verify /")),
         ("--tls-ca /nowhere head", "--tls-ca: /nowhere: No such file"),
         ("--tls-key /dev/null head", "--tls-certificate, key: one needs the other"),
         ("--token-file /nowhere head", "--token-file: /nowhere: No such file"),

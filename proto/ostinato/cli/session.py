@@ -280,6 +280,8 @@ def _token(file: Path | None) -> str | None:
 def _with(session: Session, target: str | None, json: bool | None, timeout: float | None) -> Session:
     with options():
         requests.seconds(timeout)
+        if target is not None:
+            requests.target(target)
     given = {"target": target, "json": json, "timeout": timeout}
     return replace(session, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
 
