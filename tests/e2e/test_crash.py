@@ -54,8 +54,8 @@ async def test_a_killed_service_costs_no_call(rng: random.Random) -> None:
 
 async def test_ten_kills_in_turn(rng: random.Random) -> None:
     """Ten kills on one journal, of either program, of both at once, and of one before the other is back, under clients of which
-    most have keys: numbers go on, every acknowledged answer is there, keyed items complete, all else that was promised holds,
-    and the file verifies."""
+    most have keys: numbers go on, every acknowledged answer is there, keyed items complete, others may be ABANDONED (a kill
+    need not find one under way), all else that was promised holds, and the file verifies."""
     kills = [*["service", "sidecar"] * 4, "both", "both"]
     rng.shuffle(kills)
     with chaos.pair() as pair:

@@ -168,6 +168,7 @@ async def test_answers_survive_a_restart() -> None:
 
         await eventually(lambda: counted(pair, "canary")["match"] >= 15, "three rounds")
         await eventually(lambda: missing(pair, "canary")["INVALID_REQUEST"] >= 3, "each round counts the refused one")
+        assert set(+counted(pair, "canary")) == {"match"}
         assert learned(pair).total() == 5
         assert len(pair.sidecar.said("canary refused")) == 1
 

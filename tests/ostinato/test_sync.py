@@ -17,6 +17,7 @@ import pytest
 
 import ostinato
 from ostinato import Client, SyncClient, errors
+from ostinato.requests import RESPONSE_BYTES_METADATA
 from ostinato.v1 import types_pb2
 
 from tests.ostinato.fake import Fake, serving
@@ -82,6 +83,18 @@ def test_both_clients_have_the_same_signatures() -> None:
         plain, waiting = getattr(Client, name), getattr(SyncClient, name)
         assert inspect.signature(plain) == inspect.signature(waiting)
         assert plain.__doc__ == waiting.__doc__
+
+
+def test_options_are_those_of_the_asyncio_client(elsewhere: tuple[Fake, str]) -> None:
+    """Each call has the token and the bound of a response. Beyond loopback a token needs TLS, or the caller's word."""
+    fake, target = elsewhere
+    with SyncClient(target, token="secret", max_response_bytes=1 << 20) as client:
+        client.head()
+
+    sent = fake.calls[-1].metadata
+    assert (sent["authorization"], sent[RESPONSE_BYTES_METADATA]) == ("Bearer secret", str(1 << 20))
+    SyncClient("192.0.2.1:7001", token="secret", allow_plaintext_token=True).close()
+    SyncClient("192.0.2.1:7001", token="secret", credentials=ostinato.tls()).close()
 
 
 def test_bad_arguments_are_refused_at_the_call(talk: Talk) -> None:

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ostinato import errors
 from ostinato.v1 import engine_pb2
 
 from service.answer import Answer
@@ -53,6 +54,20 @@ async def played(script: Script, *runs: Run, order: list[int] | None = None) -> 
     await asyncio.wait_for(done.wait(), 40)
     await engine.close()
     return events
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (errors.invalid("seed", "is odd"), errors.invalid("seed", "is odd")),
+        (ValueError("no room"), errors.EngineFailed("no room")),
+        (MemoryError(), errors.EngineFailed("MemoryError")),
+        ("it stalls", errors.EngineFailed("it stalls")),
+    ],
+)
+def test_a_run_fails_with_the_error_of_its_engine(error: Exception | str, told: errors.OstinatoError) -> None:
+    """An error of the contract is reported as it is; anything else is ENGINE_FAILED, with its message or its type's name."""
+    assert run_of().failed(error).failed == errors.to_status(told)
 
 
 def ids_of(events: list[engine_pb2.RunEvent]) -> list[int]:

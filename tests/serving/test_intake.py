@@ -19,6 +19,7 @@ from serving.intake import (
     BURST_SECONDS,
     COPIES,
     FIELD_BYTES,
+    RETRY_SECONDS,
     Bounds,
     Charge,
     Intake,
@@ -124,8 +125,9 @@ def test_a_tenant_takes_no_more_than_it_leaves() -> None:
 
 
 def test_a_charge_is_given_back_when_the_last_holder_ends() -> None:
-    """The call and its items hold it, in whatever order they end. After preparation a third is left, and what was made."""
-    pool = Pool("--request-bytes-max", 10_000, shared=False)
+    """The call and its items hold it, in whatever order they end. After preparation a third is left, and what was made. More
+    than there is room for is refused, with the setting and when to come back."""
+    pool = Intake(BOUNDS).requests
     charge = Charge(pool, "a")
     charge.set(COPIES * 100 + FIELD_BYTES * 10)
     assert pool.taken == COPIES * 100 + FIELD_BYTES * 10
@@ -139,8 +141,9 @@ def test_a_charge_is_given_back_when_the_last_holder_ends() -> None:
     charge.release()
 
     assert pool.taken == 0
-    with pytest.raises(QueueFull):
-        Charge(pool, "a").set(10_001)
+    with pytest.raises(QueueFull, match="^--request-bytes-max: no room is left for all callers$") as refused:
+        Charge(pool, "a").set(BOUNDS.request_bytes_max + 1)
+    assert refused.value.retry_after == RETRY_SECONDS
 
 
 class Call:
