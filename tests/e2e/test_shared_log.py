@@ -15,7 +15,7 @@ from ostinato.v1 import sequencer_pb2, types_pb2
 from tests.e2e.kit import numbered
 from tests.postgres import Postgres
 from tests.soak import chaos, shared
-from tests.soak.checks import Record
+from tests.soak.checks import ABANDONED, COMPLETED, Record
 from tests.soak.recording import RecordedPair
 from tests.waiting import eventually
 
@@ -60,7 +60,7 @@ async def test_a_key_is_one_key_everywhere(postgres: Postgres) -> None:
 
 async def test_a_dead_sidecar_is_taken_over(postgres: Postgres) -> None:
     """When a dead sidecar's lease has expired, another one runs its keyed items under the same numbers and answers the
-    callers that wait there. When the first one restarts, nothing is left to do."""
+    callers that wait there; an unkeyed one is ABANDONED. When the first one restarts, nothing is left to do."""
     url = postgres.url(postgres.schema())
     with started(url, HANGING) as (a, b):
         async with Client(a.target) as at_a, Client(b.target) as at_b:
@@ -82,7 +82,7 @@ async def test_a_dead_sidecar_is_taken_over(postgres: Postgres) -> None:
     assert [(result.sequence, result.attempt) for result in answer.results] == [(1, 2), (2, 2)]
     assert answer.stamp.writer == "a"
     assert metrics["ostinato_taken_over_items_total"] == 3
-    assert set(record.outcomes) == {1, 2, 3}
+    assert {number: outcome.kind for number, outcome in record.outcomes.items()} == {1: COMPLETED, 2: COMPLETED, 3: ABANDONED}
     assert {outcome.writer for outcome in record.outcomes.values()} == {"b"}
     assert epoch == "3"
 
