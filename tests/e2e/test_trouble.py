@@ -7,11 +7,12 @@ import asyncio
 import grpc
 
 from ostinato import errors
-from ostinato.v1 import engine_pb2, generation_pb2
+from ostinato.v1 import engine_pb2, generation_pb2, sequencer_pb2
 
-from tests.e2e.kit import SLOWLY, Door, Item, bytes_of, ended, ids, items, one, opened, own, refused, rest, scripted
+from tests.e2e.kit import SLOWLY, Door, Item, asked, bytes_of, ended, ids, items, one, opened, own, refused, rest, scripted
 from tests.hop import proved
 from tests.pair import Pair
+from tests.sidecar.journal_kit import SqliteKit
 from tests.waiting import eventually
 
 
@@ -97,6 +98,26 @@ async def filled(door: Door) -> errors.OstinatoError:
         except grpc.aio.AioRpcError as error:
             return errors.from_rpc_error(error)
     raise AssertionError("the journal takes more than it may")
+
+
+async def test_a_record_that_was_changed() -> None:
+    """An answer that was changed in the file is served neither to a retry by key nor by Get. The sidecar logs and counts each
+    read, and serves on."""
+    async with own() as door:
+        request = asked("text", key="k", max_new_tokens=4)
+        (answer,) = (await door.client.generate(request)).results
+        assert door.pair.sidecar.stop() == 0
+        change = "UPDATE payloads SET payload = x'00' WHERE entry_index = ?"
+        SqliteKit(door.pair.folder / "journal.sqlite").execute(change, answer.receipt.header.index)
+        sidecar = door.pair.start_sidecar()
+        sidecar.wait_for("engine connected")
+
+        for call in (door.generation.Generate(request), door.sequencer.Get(sequencer_pb2.GetRequest(sequence=1))):
+            await refused(call, errors.RecordDamaged)
+        assert (await door.client.generate("other", max_new_tokens=1)).results[0].sequence == 2
+        logged = sidecar.wait_for("a record is damaged: look at the journal with verify", nth=2)
+        assert f"the payload of entry {answer.receipt.header.index} is damaged" in str(logged["why"])
+        assert door.pair.metrics()["ostinato_journal_damaged_reads_total"] == 2
 
 
 async def test_load_is_on_one_page() -> None:

@@ -119,6 +119,14 @@ def test_entries_behind_the_newest_head_are_not_proved(log: Log, verify: Verifie
     assert f"{total} entries: {total} consistent, {total} chained, {covered} signed" in verify.said
 
 
+def test_an_entry_left_out_or_doubled_is_seen(log: Log, verify: Verifier) -> None:
+    """Entries of which one in between is missing, or one stands twice, are no chain, whether or not heads come with them."""
+    for at in range(1, len(log.entries) - 1):
+        for heads in ([], log.heads):
+            assert verify(*log.entries[:at], *log.entries[at + 1 :], *heads) == UNCHAINED, at
+            assert verify(*log.entries[: at + 1], *log.entries[at:], *heads) == UNCHAINED, at
+
+
 def test_a_replaced_text_is_seen(log: Log, verify: Verifier) -> None:
     """A receipt does not hold for another text."""
     log.results[1].output.text = "another"
