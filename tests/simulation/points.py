@@ -7,6 +7,7 @@ PostgreSQL there is one more, PostgresTables (what is asked of the server); ther
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -74,7 +75,7 @@ INTERFACES: dict[str, type] = {
     "listener": Listener,
 }
 KINDS = {
-    "journal.append": tuple(kind for kind in DRAFTS if kind != "outcome"),
+    "journal.append": tuple(DRAFTS),
     "backend.append_many": tuple(DRAFTS),
     "database.commit": ("epoch", *DRAFTS),
     "listener.engine_events": EVENTS,
@@ -168,6 +169,9 @@ class Points(Hooks):
         names = _named(step, given)
         self._strike(self.reach("before", names), member)
         answer = member(*given, **how)
+        if isinstance(answer, asyncio.Future):  # the step is over when it has a result
+            answer.add_done_callback(lambda _: answer.cancelled() or answer.exception() or self.reach("after", names))
+            return answer
         if step == "database.commit":
             self._world.durable(1, given[0].head.index)
         if self._strike(self.reach("after", names), member):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.postgres import Postgres
-from tests.simulation.points import INTERFACES, NOT_REACHED, POINTS, Failure, methods, run_with_failures
+from tests.simulation.points import DRAFTS, INTERFACES, NOT_REACHED, POINTS, Failure, methods, run_with_failures
 from tests.simulation.postgres_log import PostgresLog
 from tests.simulation.promises import broken
 from tests.simulation.stores import Log, SqliteLog
@@ -78,6 +78,14 @@ def test_one_life_is_like_another(logs: Logs) -> None:
     _, counts = run_with_failures(logs.new("sqlite"))
 
     assert counts == logs.reached("sqlite")
+
+
+def test_an_append_is_over_when_it_is_durable(logs: Logs) -> None:
+    """The point after an append comes behind the one after the transaction, for each kind of draft."""
+    order = list(logs.reached("sqlite"))
+
+    for kind in DRAFTS:
+        assert order.index(f"after backend.append_many {kind}") < order.index(f"after journal.append {kind}")
 
 
 @pytest.mark.parametrize(("kind", "backend", "point"), QUICK)
