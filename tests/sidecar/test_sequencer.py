@@ -88,6 +88,20 @@ def test_second_attempt_keeps_number_and_order() -> None:
     assert [(s.sequence, s.attempt) for s in edge.submits()] == [(1, 1), (2, 1), (1, 1), (2, 2), (3, 1)]
 
 
+def test_what_waits_is_submitted_after_all_that_was_reported() -> None:
+    """Two runs that end in one report both give their room back before an item that waits takes it."""
+    edge = connected(runs=1)
+    edge.admit(*[need()] * 4)
+    made = edge.dispatch(ev.Reported(tuple(ev.Failed(edge.run_of(n), errors.EngineFailed("no")) for n in (1, 2))))
+
+    assert [(type(effect), effect.sequence) for effect in made if isinstance(effect, ev.End | ev.Submit)] == [
+        (ev.End, 1),
+        (ev.End, 2),
+        (ev.Submit, 3),
+        (ev.Submit, 4),
+    ]
+
+
 def test_an_attempt_that_never_began_is_not_recorded() -> None:
     """4: an item that ends while it waits to be run again names the attempt that was lost, not the one that was to come."""
     edge = connected()

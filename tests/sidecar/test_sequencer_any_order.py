@@ -39,7 +39,13 @@ class AnyOrder(RuleBasedStateMachine):
 
     def dispatch(self, event: ev.Event) -> None:
         core = self.edge.core
-        for effect in self.edge.dispatch(event):
+        reports = event.reports if isinstance(event, ev.Reported) else ()
+        ended = [core.runs[report.run_id].sequence for report in reports if self.ends_an_item(report)]
+        effects = self.edge.dispatch(event)
+        first = [effect.sequence for effect in effects[: len(ended)] if isinstance(effect, ev.End)]
+        assert first == ended, "what waits for room is submitted after all that was reported"
+        for effect in effects:
+            assert not isinstance(effect, ev.Fault)
             if isinstance(effect, ev.End):
                 self.waiting_for_disk.append(effect.sequence)
             if isinstance(effect, ev.SubmitRerun):
@@ -47,6 +53,9 @@ class AnyOrder(RuleBasedStateMachine):
                 background = core.reruns.running[effect.run_id].rerun.urgency is not ev.Urgency.VERIFY
                 assert not (background and core.waiting)
                 assert not background or (core.window is not None and core.window.runs <= core.window.engine.runs)
+
+    def ends_an_item(self, report: ev.Report) -> bool:
+        return report.run_id in self.edge.core.runs and not isinstance(report, ev.Started)
 
     @rule(size=st.integers(1, 40), urgency=st.sampled_from(ev.Urgency), exclusive=st.booleans())
     def rerun(self, size: int, urgency: ev.Urgency, exclusive: bool) -> None:
@@ -57,20 +66,20 @@ class AnyOrder(RuleBasedStateMachine):
     def drop_rerun(self, data: st.DataObject) -> None:
         self.dispatch(ev.CancelRerun(data.draw(st.integers(0, self.reruns))))
 
-    @rule(data=st.data(), failed=st.booleans())
-    def rerun_ends(self, data: st.DataObject, failed: bool) -> None:
-        running = sorted(self.edge.core.reruns.running)
-        if running:
-            run_id = data.draw(st.sampled_from(running))
-            ended: ev.Report = ev.Failed(run_id, errors.EngineFailed("no")) if failed else ev.Finished(run_id, EXACT)
-            self.dispatch(ev.Reported((ended,)))
-
-    @rule(target=batch_ids, sizes=st.lists(st.integers(1, 40), min_size=1, max_size=4), keyed=st.booleans())
-    def admit(self, sizes: list[int], keyed: bool) -> int:
+    @rule(
+        target=batch_ids,
+        sizes=st.lists(st.integers(1, 40), min_size=1, max_size=4),
+        keyed=st.booleans(),
+        at_once=st.booleans(),
+    )
+    def admit(self, sizes: list[int], keyed: bool, at_once: bool) -> int:
+        """`at_once`: the journal commits it, and what waits before it, before anything else happens."""
         self.edge.batch_ids += 1
         self.dispatch(ev.Admit(self.edge.batch_ids, tuple(map(need, sizes)), keyed, 5.0))
         if self.edge.effects and self.edge.effects[-1] == ev.AppendAdmission(self.edge.batch_ids):
             self.numbering.append((self.edge.batch_ids, len(sizes)))
+        while at_once and self.numbering:
+            self.numbered(*self.numbering.pop(0))
         return self.edge.batch_ids
 
     @precondition(lambda self: self.numbering)
@@ -79,7 +88,10 @@ class AnyOrder(RuleBasedStateMachine):
         batch_id, count = self.numbering.pop(0)
         if full:
             self.dispatch(ev.NotNumbered(batch_id))
-            return
+        else:
+            self.numbered(batch_id, count)
+
+    def numbered(self, batch_id: int, count: int) -> None:
         first, self.edge.next_sequence = self.edge.next_sequence, self.edge.next_sequence + count
         self.dispatch(ev.Numbered(batch_id, first))
 
@@ -98,9 +110,11 @@ class AnyOrder(RuleBasedStateMachine):
             self.dispatch(ev.Recovered(sequence, need(size), keyed, 2))
 
     @precondition(lambda self: self.waiting_for_disk)
-    @rule()
-    def outcome_durable(self) -> None:
-        self.dispatch(ev.Ended((self.waiting_for_disk.pop(0),)))
+    @rule(count=st.integers(1, 3))
+    def outcomes_durable(self, count: int) -> None:
+        durable, self.waiting_for_disk = self.waiting_for_disk[:count], self.waiting_for_disk[count:]
+        self.dispatch(ev.Ended(tuple(durable)))
+        assert not self.edge.core.items.keys() & set(durable)
 
     @rule(batch_id=batch_ids, late=st.booleans())
     def leave(self, batch_id: int, late: bool) -> None:
@@ -126,18 +140,27 @@ class AnyOrder(RuleBasedStateMachine):
         if self.edge.core.window is not None:
             self.dispatch(ev.Disconnected())
 
-    @rule(data=st.data(), what=st.sampled_from(["started", "finished", "failed"]))
-    def engine_says(self, data: st.DataObject, what: str) -> None:
-        running = [i for i in self.edge.core.items.values() if i.phase in (Phase.SUBMITTED, Phase.STARTED)]
-        if not running:
-            return
-        item = data.draw(st.sampled_from(running))
-        if what == "failed":
-            self.dispatch(ev.Reported((ev.Failed(item.run_id, errors.EngineFailed("no")),)))
-        elif item.phase is Phase.SUBMITTED:
-            self.dispatch(ev.Reported((ev.Started(item.run_id),)))
-        elif what == "finished":
-            self.dispatch(ev.Reported((ev.Finished(item.run_id, EXACT),)))
+    @rule(data=st.data(), kinds=st.lists(st.sampled_from([ev.Started, ev.Finished, ev.Failed]), min_size=1, max_size=4))
+    def engine_says(self, data: st.DataObject, kinds: list[type[ev.Report]]) -> None:
+        """Of items and reruns, together, each in an order that the protocol allows."""
+        core, reports = self.edge.core, list[ev.Report]()
+        started = {run_id: item.phase is Phase.STARTED for run_id, item in core.runs.items()}
+        started |= dict.fromkeys(core.reruns.running, True)
+        for kind in kinds:
+            if not started:
+                break
+            run_id = data.draw(st.sampled_from(sorted(started)))
+            if kind is ev.Failed:
+                reports.append(ev.Failed(run_id, errors.EngineFailed("no")))
+                del started[run_id]
+            elif not started[run_id]:
+                reports.append(ev.Started(run_id))
+                started[run_id] = True
+            elif kind is ev.Finished:
+                reports.append(ev.Finished(run_id, EXACT))
+                del started[run_id]
+        if reports:
+            self.dispatch(ev.Reported(tuple(reports)))
 
     @precondition(lambda self: self.edge.next_sequence > DRAINED_FROM)
     @rule()
