@@ -46,7 +46,7 @@ async def said(peer: Peer, stream: int) -> bytes:
 async def test_a_peer_that_never_grants_a_window() -> None:
     """Not even Admitted can be written to it. Its calls are lost: items without a key are CANCELLED, those with one go on, and
     other callers are served meanwhile."""
-    async with own("--held-call-bytes-max", "100000") as door, connected(door.pair.target, window=0) as peer:
+    async with own("--held-call-bytes-max", "20000") as door, connected(door.pair.target, window=0) as peer:
         plain = peer.call(STREAM, wanted(2))
         await numbered(door.client, 2)
         keyed = peer.call(STREAM, wanted(1, key="slow"))
