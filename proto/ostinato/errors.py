@@ -21,6 +21,8 @@ from grpc_status import rpc_status
 TABLE: dict[str, type[OstinatoError]] = {}
 """The classes below by reason, in their order."""
 DOMAIN = "ostinato"
+RETRY_SECONDS_MAX = 1e6
+"""A peer's longer pause is read as this."""
 """ErrorInfo.domain of these errors."""
 Code, Bad = grpc.StatusCode, error_details_pb2.BadRequest
 
@@ -221,10 +223,12 @@ def from_status(status: status_pb2.Status) -> OstinatoError:
             with suppress(DecodeError):  # another server's details may be malformed
                 detail.Unpack(message)
     if info.domain != DOMAIN or (kind := TABLE.get(info.reason)) is None:
-        return from_code({code.value[0]: code for code in Code}.get(status.code, Code.UNKNOWN), status.message)
+        codes = {code.value[0]: code for code in Code if code is not Code.OK}
+        return from_code(codes.get(status.code, Code.UNKNOWN), status.message)
     if issubclass(kind, InvalidRequest):
         return kind(status.message, violations=[Violation(v.field, v.description) for v in bad.field_violations])
-    retry_after = retry.retry_delay.ToMilliseconds() / 1000 if retry.HasField("retry_delay") else None
+    delay = retry.retry_delay.ToMilliseconds() / 1000 if retry.HasField("retry_delay") else None
+    retry_after = None if delay is None else min(max(delay, 0.0), RETRY_SECONDS_MAX)
     return kind(status.message, retry_after=retry_after, details=info.metadata)
 
 

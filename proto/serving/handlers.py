@@ -33,7 +33,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from ostinato import tracing
 from ostinato.errors import Internal, MalformedMessage, OstinatoError, QueueFull, SlowReader, Unauthenticated, to_status
 from serving.auth import CALLER, NONE, Context, Credentials, caller
-from serving.intake import RETRY_SECONDS, Bounds, Intake, shape_of
+from serving.intake import CHARGE, RETRY_SECONDS, Bounds, Intake, shape_of
 
 STATUS_BYTES_MAX, MESSAGE_BYTES_MAX, OTHER_DETAILS_BYTES = 3072, 768, 256
 """Of a google.rpc.Status. It travels in headers, as base64, and its message once more, percent-encoded. A peer must accept
@@ -121,13 +121,19 @@ class Guard(grpc.GenericRpcHandler):
         path = details.method
         if path not in self._wrapped:
             handler = next((found for each in self._inner if (found := each.service(details)) is not None), None)
-            if handler is None:
-                return None
+            if handler is None:  # not kept: callers choose these names
+                return grpc.stream_unary_rpc_method_handler(self._refuse_unknown)
             streams = bool(handler.response_streaming)
             make = grpc.stream_stream_rpc_method_handler if streams else grpc.stream_unary_rpc_method_handler
             # Without a deserialiser: gRPC's cannot refuse a message.
             self._wrapped[path] = make(_Method(self, path, handler).handle)
         return self._wrapped[path]
+
+    async def _refuse_unknown(self, request: Any, context: Context) -> None:
+        """Ends a call of a method that there is not, at the rate of calls that were reset: it may have been, too."""
+        if self.intake is not None:
+            await self.intake.reset(caller().tenant)
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
 
     def close_streams(self) -> None:
         """Ends health watches and reflection streams with UNAVAILABLE: they do not end by themselves, and would keep every
@@ -170,7 +176,7 @@ class _Method:
                     if intake is not None:
                         charge = intake.enter(tenant)
                         if intake.shared and (seconds := intake.ahead(tenant)) > 0:
-                            await asyncio.sleep(seconds)
+                            await intake.spread(tenant, seconds)
                     if self.takes_stream:
                         given = self._messages(request)
                     else:
@@ -210,8 +216,8 @@ class _Method:
                         intake.leave(charge)
         except (asyncio.CancelledError, grpc.aio.BaseError) as error:
             given = None  # gRPC keeps the frames of an aborted call until the garbage collector comes
-            whole = self.takes_stream or (charge is not None and charge.whole)
-            if intake is not None and not whole and not isinstance(error, grpc.aio.AbortError):
+            read = charge is not None and charge.whole
+            if intake is not None and not read and not isinstance(error, grpc.aio.AbortError):
                 await intake.reset(caller().tenant)
             raise
 
@@ -223,8 +229,13 @@ class _Method:
             raise MalformedMessage(f"these bytes are no such message: {error}") from None
 
     async def _messages(self, source: AsyncIterable[bytes]) -> AsyncIterator[Any]:
+        charge, intake = CHARGE.get(), self._guard.intake
         async for data in source:  # not before the first is asked for: gRPC warns of an iterator that was made and never asked
+            if charge is not None:
+                charge.whole = True
             yield self._parsed(data)
+        if intake is not None and charge is not None and not charge.whole:  # a stream that was reset ends without an error
+            await intake.reset(charge.tenant)
 
     def _admit(self, context: Context) -> str:
         """Identifies the caller. The tenant. Raises Unauthenticated, PermissionDenied or QueueFull."""

@@ -248,17 +248,32 @@ class Intake:
         due = self._due[tenant] = max(self._due.get(tenant, 0.0), now - BURST_SECONDS) + 1 / self.bounds.tenant_calls_second
         return due - now
 
+    async def spread(self, tenant: str, seconds: float) -> None:
+        """Waits for a call's turn. If the call ends before, its turn is the tenant's next call's."""
+        try:
+            await asyncio.sleep(seconds)
+        except asyncio.CancelledError:
+            if tenant in self._due:
+                self._due[tenant] -= 1 / self.bounds.tenant_calls_second
+            raise
+
     async def reset(self, tenant: str) -> None:
         """Keeps a call that was reset before its request was read, as long as its tenant's rate demands. Until then gRPC counts
-        it among the calls of its connection (--connection-calls-max). Else others would wait behind the calls that follow."""
+        it among the calls of its connection (--connection-calls-max). Else others would wait behind the calls that follow. The
+        call may be cancelled meanwhile: gRPC tells of a reset late."""
         if self._closed or len(self._reset) >= self.bounds.calls_max:
             return
-        task, now = asyncio.current_task(), asyncio.get_running_loop().time()
+        task, loop = asyncio.current_task(), asyncio.get_running_loop()
         assert task is not None, "a handler runs in a task"
-        due = self._resets[tenant] = max(self._resets.get(tenant, 0.0), now) + 1 / self.bounds.tenant_resets_second
+        due = max(self._resets.get(tenant, 0.0), loop.time()) + 1 / self.bounds.tenant_resets_second
+        self._resets[tenant] = due
         self._reset.add(task)
         try:
-            await asyncio.sleep(due - now)
+            while (seconds := due - loop.time()) > 0 and not self._closed:
+                try:
+                    await asyncio.sleep(seconds)
+                except asyncio.CancelledError:
+                    task.uncancel()
         finally:
             self._reset.discard(task)
             if not self._reset:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shlex
 import signal
@@ -121,6 +122,19 @@ def test_a_signal_ends_it_all_at_any_moment(state: Path, moment: str, number: si
         code = serve.stop(number)
 
         assert (code, serve.lines[before:], serve.children()) == (0, [STOPPING], [])
+
+
+async def test_a_signal_ends_it_where_nothing_can_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A closed terminal or pipe does not keep the first signal from stopping it."""
+
+    def closed(text: str) -> None:
+        raise OSError(text)
+
+    monkeypatch.setattr("ostinato.cli.show.note", closed)
+    ending = asyncio.create_task(serve.run_until_signal("serve", serve.Serving(), asyncio.sleep(60, 0)))
+    await asyncio.sleep(0)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert await asyncio.wait_for(ending, 10) == 0
 
 
 def test_a_hangup_that_is_ignored_stays_ignored(state: Path) -> None:

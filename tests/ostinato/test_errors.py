@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ostinato import errors
-from ostinato.errors import TABLE, InvalidRequest, OstinatoError, Violation, from_code, from_status, to_status
+from ostinato.errors import TABLE, InvalidRequest, OstinatoError, QueueFull, Violation, from_code, from_status, to_status
 
 ROOT = Path(__file__).parents[2]
 
@@ -90,4 +90,17 @@ def test_what_is_not_ours() -> None:
         assert (error.code, error.reason, error.message) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "UNKNOWN", "no")
     broken = any_pb2.Any(type_url="type.googleapis.com/google.rpc.ErrorInfo", value=b"\xff")
     assert from_status(status_pb2.Status(code=8, details=[broken])).code is grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert from_status(status_pb2.Status(code=99)).code is grpc.StatusCode.UNKNOWN
+    for code in (0, 99):  # OK is no error
+        assert from_status(status_pb2.Status(code=code)).code is grpc.StatusCode.UNKNOWN
+
+
+@pytest.mark.parametrize(("seconds", "read"), [(10**15, 1e6), (-(10**9), 0), (5, 5)])
+def test_a_pause_is_bounded(seconds: int, read: float) -> None:
+    """However long a peer asks to wait, the pause is one that timers can take."""
+    status = to_status(QueueFull("full", retry_after=1.0))
+    for detail in status.details:
+        if detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR):
+            retry = error_details_pb2.RetryInfo()
+            retry.retry_delay.seconds = seconds
+            detail.Pack(retry)
+    assert from_status(status).retry_after == read

@@ -303,11 +303,26 @@ async def test_reset_calls_of_a_tenant_end_at_a_rate() -> None:
 
 
 async def test_a_stop_ends_reset_calls() -> None:
-    """Those that wait are cancelled, and later ones do not wait."""
+    """Those that wait end, and later ones do not wait. Until then they wait also if gRPC cancels them."""
     intake = Intake(Bounds(tenant_resets_second=0.001))
     waiting = asyncio.create_task(intake.reset("a"))
     await asyncio.sleep(0)
+    waiting.cancel()
+    await asyncio.wait({waiting}, timeout=0.01)
+    assert not waiting.done()
     intake.close()
-    with pytest.raises(asyncio.CancelledError):
-        await waiting
+    await asyncio.wait_for(waiting, 10)
     await asyncio.wait_for(intake.reset("a"), 10)
+
+
+async def test_a_call_that_ends_before_its_turn_leaves_it() -> None:
+    """After any number of calls that were reset before their turn, the tenant's next one is as early as before them."""
+    intake = Intake(Bounds(tenant_calls_second=100.0))
+    intake.ahead("b")
+    for _ in range(1000):
+        if (seconds := intake.ahead("a")) > 0:
+            waiting = asyncio.create_task(intake.spread("a", seconds))
+            await asyncio.sleep(0)
+            waiting.cancel()
+            await asyncio.wait({waiting})
+    assert intake.ahead("a") < 1

@@ -468,23 +468,26 @@ async def _code(channel: Any, path: str, data: bytes) -> grpc.StatusCode:
     return code
 
 
-async def test_a_connection_whose_calls_are_reset_takes_no_more_than_its_places() -> None:
+@pytest.mark.parametrize("path", [f"/{NAME}/UnaryUnary", f"/{NAME}/StreamStream", f"/{NAME}/Unknown"])
+async def test_a_connection_whose_calls_are_reset_takes_no_more_than_its_places(path: str) -> None:
     """Further calls on it are refused before they are taken up, another connection is served, and a stop does not wait."""
     registry = CollectorRegistry()
     server = Server(["127.0.0.1:0"], registry=registry, bounds=Bounds(connection_calls_max=8, tenant_resets_second=0.01))
     server.add(register, Echo(), NAME)
     await server.start()
-
-    def open_calls() -> float | None:
-        return registry.get_sample_value("ostinato_open_calls")
+    intake = server._guard.intake
+    assert intake is not None
 
     async with connected(server.addresses[0], window=65535) as peer:
-        streams = []
+        streams: list[int] = []
+
+        def settled() -> bool:
+            return len(intake._reset) == len(streams) or peer.ended[streams[-1]].is_set()
+
         for _ in range(30):
-            streams.append(peer.begin(f"/{NAME}/UnaryUnary"))
-            await eventually(lambda: open_calls() == 1 or peer.ended[streams[-1]].is_set(), "it is taken up or refused")
+            streams.append(peer.begin(path))
             peer.reset(streams[-1])
-            await eventually(lambda: open_calls() == 0, "it has ended")
+            await eventually(settled, "it is kept or refused")
         await answers(server.addresses[0])
         await asyncio.wait_for(server.stop(grace=60), 30)
 

@@ -365,8 +365,9 @@ async def run_until_signal(name: str, serving: Serving, work: Coroutine[Any, Any
         nonlocal signals
         signals += 1
         if signals == 1:
-            show.note("stopping; Ctrl-C again stops at once")
             working.cancel()
+            with suppress(OSError):  # the terminal may be closed
+                show.note("stopping; Ctrl-C again stops at once")
             return
         for child in serving.children.values():
             child.signal(signal.SIGKILL)
